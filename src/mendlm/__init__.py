@@ -1,0 +1,47 @@
+"""mendlm: compress pretrained language models as sparse + low-rank, W ≈ S + B @ A, without retraining."""
+
+from typing import TYPE_CHECKING, Any
+
+from mendlm._lazy import resolve as _resolve
+from mendlm.decomposition import SparseLowRank as SparseLowRank
+from mendlm.errors import MendError as MendError
+from mendlm.masks import select_mask as select_mask
+from mendlm.patterns import NM as NM
+from mendlm.patterns import Unstructured as Unstructured
+from mendlm.refiners import TLR as TLR
+from mendlm.refiners import PruneOnly as PruneOnly
+from mendlm.refiners import Refinement as Refinement
+from mendlm.refiners import ZeroShotSVD as ZeroShotSVD
+from mendlm.refiners import refine as refine
+
+__version__ = "0.1.0"
+
+# Names whose modules import more than torch, numpy and safetensors: loaded on first use (PEP 562).
+_LAZY = {
+    "Recipe": "mendlm.config",
+    "compress": "mendlm.pipeline",
+    "CompressionResult": "mendlm.pipeline",
+    "load": "mendlm.loading",
+    "SparseLowRankLinear": "mendlm.runtime",
+    "perplexity": "mendlm.evaluation.perplexity",
+    "PerplexityResult": "mendlm.evaluation.perplexity",
+    "import_gguf": "mendlm.gguf",
+}
+
+if TYPE_CHECKING:
+    from mendlm.config import Recipe as Recipe
+    from mendlm.evaluation.perplexity import PerplexityResult as PerplexityResult
+    from mendlm.evaluation.perplexity import perplexity as perplexity
+    from mendlm.gguf import import_gguf as import_gguf
+    from mendlm.loading import load as load
+    from mendlm.pipeline import CompressionResult as CompressionResult
+    from mendlm.pipeline import compress as compress
+    from mendlm.runtime import SparseLowRankLinear as SparseLowRankLinear
+
+
+def __getattr__(name: str) -> Any:
+    return _resolve(_LAZY, __name__, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,0 +1,85 @@
+"""Masks: (scores, pattern) -> boolean tensor, True = kept, with exact counts.
+
+Choosing a mask is a projection: among all masks the pattern allows, the one with the largest sum of scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mendlm.criteria import CRITERIA, Criterion
+from mendlm.errors import NonFiniteError, UsageError
+from mendlm.names import lookup
+from mendlm.patterns import Pattern
+
+
+def select_mask(
+    W: Tensor,
+    criterion: str | Criterion,
+    pattern: Pattern,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Choose the entries of `W` that stay.
+
+    Parameters
+    ----------
+    W : (d_out, d_in) floating tensor. Not modified.
+    criterion : a name in `mendlm.criteria.CRITERIA`, or a function (W, generator) -> scores.
+    pattern : `Unstructured` or `NM`.
+    generator : source of randomness for criteria that need one; seed 0 if not given.
+
+    Returns
+    -------
+    (d_out, d_in) bool tensor on the device of `W`, True = kept. The number of kept entries of every group is exactly
+    `pattern.n_kept`, also under ties (the entry that comes first in memory is kept), all-zero input, sparsity 0 and 1.
+
+    Raises
+    ------
+    UsageError : `W` is not 2-D and floating, an unknown criterion, or a pattern that does not fit the shape.
+    NonFiniteError : `W` or the scores hold NaN or infinity.
+
+    Notes
+    -----
+    Cost: one selection per group, O(numel) expected; about three copies of `W` in memory.
+    """
+    if W.ndim != 2 or not W.is_floating_point():
+        raise UsageError(f"W must be a 2-D floating tensor, got shape {tuple(W.shape)} and dtype {W.dtype}.")
+    score = lookup(CRITERIA, criterion, "criterion") if isinstance(criterion, str) else criterion
+    if generator is None:
+        generator = torch.Generator(device=W.device).manual_seed(0)
+    if not bool(torch.isfinite(W).all()):
+        raise NonFiniteError(
+            f"W of shape {tuple(W.shape)} holds NaN or infinity. Repair or re-download the checkpoint."
+        )
+    scores = score(W, generator)
+    if scores.shape != W.shape:
+        raise UsageError(f"criterion returned scores of shape {tuple(scores.shape)} for W of shape {tuple(W.shape)}.")
+    if not bool(torch.isfinite(scores).all()):
+        raise NonFiniteError("the criterion returned NaN or infinite scores.")
+    return mask_from_scores(scores, pattern)
+
+
+def mask_from_scores(scores: Tensor, pattern: Pattern) -> Tensor:
+    """Keep the `pattern.n_kept` largest finite `scores` (d_out, d_in) of every group; ties go to the earlier entry."""
+    d_out, d_in = scores.shape
+    group = pattern.group_size(d_out, d_in)
+    if scores.numel() == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    return _keep_largest(scores.reshape(-1, group), pattern.n_kept(group)).reshape(d_out, d_in)
+
+
+def _keep_largest(scores: Tensor, n_keep: int) -> Tensor:
+    """Mask of the `n_keep` largest entries of each row of `scores` (n_groups, group), earlier entries first."""
+    size = scores.shape[1]
+    if n_keep == 0 or n_keep == size:
+        return torch.full_like(scores, bool(n_keep), dtype=torch.bool)
+    threshold = scores.kthvalue(size - n_keep + 1, dim=1, keepdim=True).values
+    mask = scores > threshold
+    tied = scores == threshold
+    n_missing = n_keep - mask.sum(dim=1, keepdim=True)
+    # The exact threshold leaves at least one tied entry per row; take just as many as are missing.
+    if bool((tied.sum(dim=1, keepdim=True) == n_missing).all()):
+        return mask | tied
+    return mask | (tied & (tied.cumsum(dim=1) <= n_missing))

@@ -1,0 +1,63 @@
+"""The packed form of a sparse matrix: kept values plus a bitmask. The only home of the bit layout.
+
+A (d_out, d_in) matrix S with mask M (True = kept) is stored as
+
+- values: (n_kept,) the kept entries in row-major order, storage dtype;
+- bitmask: (d_out, ceil(d_in / 8)) uint8; column j of a row is bit ``j % 8`` (least significant first) of byte
+  ``j // 8``; the padding bits of the last byte of a row are 0.
+
+At 50 % in bf16 this is 9/16 of the dense bytes. The bit order is that of ``numpy.packbits(bitorder="little")``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mendlm.errors import CheckpointError
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Bitmask (d_out, ceil(d_in / 8)) uint8 of a (d_out, d_in) bool mask, on its device."""
+    d_out, d_in = mask.shape
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -d_in % 8))
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    return (padded.reshape(d_out, -1, 8) * weights).sum(dim=2, dtype=torch.uint8)
+
+
+def unpack_mask(bitmask: Tensor, d_in: int) -> Tensor:
+    """Bool mask (d_out, d_in) of a bitmask (d_out, ceil(d_in / 8)) uint8; the inverse of `pack_mask`."""
+    d_out = bitmask.shape[0]
+    shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
+    bits = (bitmask[:, :, None] >> shifts) & 1
+    return bits.reshape(d_out, -1)[:, :d_in].bool()
+
+
+def unpack(values: Tensor, bitmask: Tensor, d_in: int) -> Tensor:
+    """Dense S (d_out, d_in) in the dtype of `values`.
+
+    Raises
+    ------
+    CheckpointError : the shapes disagree, a padding bit is set, or the bitmask's population is not the number of values.
+    """
+    check_packed(values, bitmask, d_in)
+    mask = unpack_mask(bitmask, d_in)
+    dense = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+    return dense.masked_scatter_(mask, values)
+
+
+def check_packed(values: Tensor, bitmask: Tensor, d_in: int) -> None:
+    """Raise `CheckpointError` unless `values` and `bitmask` describe a matrix with `d_in` columns."""
+    if values.ndim != 1 or bitmask.ndim != 2 or bitmask.dtype != torch.uint8:
+        raise CheckpointError(
+            f"packed weight must be 1-D values and a 2-D uint8 bitmask, got values of shape {tuple(values.shape)} "
+            f"and a {bitmask.dtype} bitmask of shape {tuple(bitmask.shape)}."
+        )
+    if bitmask.shape[1] != -(-d_in // 8):
+        raise CheckpointError(f"bitmask has {bitmask.shape[1]} bytes a row, {d_in} columns need {-(-d_in // 8)}.")
+    bits = unpack_mask(bitmask, bitmask.shape[1] * 8)
+    if bool(bits[:, d_in:].any()):
+        raise CheckpointError("a padding bit of the bitmask is set: the file is damaged.")
+    population = int(bits.sum())
+    if population != values.numel():
+        raise CheckpointError(f"bitmask marks {population} entries as kept but there are {values.numel()} values.")

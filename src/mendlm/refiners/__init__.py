@@ -1,0 +1,16 @@
+"""Refiners: algorithms that find the low-rank part for a given mask.
+
+A new refiner is one file here and one line in `REFINERS`; the contract tests then cover it.
+"""
+
+from mendlm.refiners._base import AbstractRefiner as AbstractRefiner
+from mendlm.refiners._base import Problem as Problem
+from mendlm.refiners._base import Progress as Progress
+from mendlm.refiners._loop import Refinement as Refinement
+from mendlm.refiners._loop import check_rank as check_rank
+from mendlm.refiners._loop import refine as refine
+from mendlm.refiners.tlr import TLR as TLR
+from mendlm.refiners.zero_shot import PruneOnly as PruneOnly
+from mendlm.refiners.zero_shot import ZeroShotSVD as ZeroShotSVD
+
+REFINERS: dict[str, type[AbstractRefiner]] = {cls.name: cls for cls in (TLR, ZeroShotSVD, PruneOnly)}

@@ -1,0 +1,75 @@
+"""The interface of a refiner: what the loop in `_loop.py` calls."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a refiner works on.
+
+    Attributes
+    ----------
+    W : (d_out, d_in), float32 or float64, already multiplied by the input scale; never modified.
+    mask : (d_out, d_in) bool, True = kept.
+    generator : the only source of randomness, on the device of `W`.
+    """
+
+    W: Tensor
+    mask: Tensor
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What every state reports after a step; one row of the trace.
+
+    Attributes
+    ----------
+    rank : rank r of the low-rank part used in this step.
+    objective : ``||(1 - mask) * (W - L_r)||_F`` in the metric of the input scale: the error off the mask, which is
+        the whole error once S is refitted on the mask.
+    energy_frac : ``||L_r||_F^2 / ||L||_F^2``, the share of the residual L that its leading r triplets hold.
+    """
+
+    rank: int
+    objective: float
+    energy_frac: float
+
+
+class AbstractRefiner(ABC):
+    """An algorithm that finds the low-rank part L = B @ A for a given mask.
+
+    A subclass is a frozen dataclass whose fields are the hyperparameters. `init`, `step` and `finish` compute on
+    tensors only; the loop owns the step budget, the trace and the check for non-finite values.
+    """
+
+    name: ClassVar[str]
+    rank: int
+
+    @property
+    @abstractmethod
+    def max_steps(self) -> int:
+        """Upper bound of the number of calls of `step`."""
+
+    @abstractmethod
+    def init(self, problem: Problem) -> Any:
+        """State before the first step."""
+
+    @abstractmethod
+    def step(self, problem: Problem, state: Any, t: int) -> tuple[Any, Progress]:
+        """State and progress after step `t` (from 0). May reuse the memory of `state`."""
+
+    def converged(self, state: Any) -> bool:
+        """Whether another step would change nothing worth its time."""
+        return False
+
+    @abstractmethod
+    def finish(self, problem: Problem, state: Any) -> tuple[Tensor, Tensor]:
+        """Factors ``left (d_out, rank)``, ``right (rank, d_in)`` of the final L, in the compute dtype."""

@@ -1,0 +1,76 @@
+"""Fixtures shared by all tests: seeds, a tiny random LLaMA checkpoint, paths of shared data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Evaluation text beside the project, where a checkout has it; tests that need it skip without.
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+TinyLlama = Callable[..., Path]
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def wikitext() -> Path:
+    path = SHARED_DATA / "wikitext-2-raw-v1" / "test.parquet"
+    if not path.exists():
+        pytest.skip("the shared evaluation text is not at hand")
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> TinyLlama:
+    """Factory of tiny random LLaMA checkpoints with a byte-level tokenizer; keyword arguments vary them."""
+
+    def make(
+        *, dtype: torch.dtype = torch.float32, tied: bool = True, max_shard_size: str = "5GB", seed: int = 0
+    ) -> Path:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+        folder = tmp_path_factory.mktemp("tiny-llama")
+        config = LlamaConfig(
+            vocab_size=258,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=tied,
+            bos_token_id=256,
+            eos_token_id=257,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(config).to(dtype)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocab = {c: i for i, c in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}
+        core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(make_tiny_llama: TinyLlama) -> Path:
+    """A float32 single-file tiny LLaMA. Read only: copy it before changing it."""
+    return make_tiny_llama()
