@@ -9,6 +9,7 @@ from mendlm.masks import select_mask as select_mask
 from mendlm.patterns import NM as NM
 from mendlm.patterns import Unstructured as Unstructured
 from mendlm.refiners import TLR as TLR
+from mendlm.refiners import AcceleratedTLR as AcceleratedTLR
 from mendlm.refiners import PruneOnly as PruneOnly
 from mendlm.refiners import Refinement as Refinement
 from mendlm.refiners import ZeroShotSVD as ZeroShotSVD

@@ -1,48 +1,104 @@
-"""Targeted Low-rank Refinement (TLR), Algorithm 1 of the paper. [first cut: exact solver]"""
+"""Targeted Low-rank Refinement (TLR), Algorithm 1 of the paper."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from mendlm.linalg import truncate_svd
+from mendlm.errors import UsageError
+from mendlm.linalg import SOLVERS, LeadingTriplets, Solver, balance, make_solver
 from mendlm.refiners._base import AbstractRefiner, Problem, Progress
+from mendlm.refiners._completion import Completion
 
-Solver = Literal["auto", "subspace", "exact"]
+# Iterations by which a column of the subspace is warmed before the growing rank takes it in. Measured: at rank 128 and
+# 50 iterations 8 lowers the gap to the exact solver from 1.3-2.1 % to 0.6-1.0 % for 10 % more time.
+LOOKAHEAD_STEPS = 8
+
+
+@dataclass
+class _State:
+    completion: Completion
+    solver: LeadingTriplets
+    residual: Tensor  # L = W - S, (d_out, d_in)
+    scratch: Tensor  # (d_out, d_in)
 
 
 @dataclass(frozen=True)
 class TLR(AbstractRefiner):
-    """Targeted Low-rank Refinement."""
+    """Alternate between the best rank-r fit of the residual ``L = W - S`` and refitting S on the mask; r grows.
+
+        r = 1 + floor((k - 1) t / (T - 1));   S <- mask * (W - L_r)   for t = 0 … T - 1
+
+    Parameters
+    ----------
+    rank : k, 0 <= k <= min(d_out, d_in). 0 is plain pruning.
+    n_iter : T >= 1. The paper uses 50. With T = 1 the rank is 1 in that step (and k in the final truncation).
+    solver : "exact" (a full SVD per step, the reference), "subspace" (one warm-started subspace step per step) or
+        "auto" (subspace, unless its block would span the whole matrix).
+
+    Raises
+    ------
+    UsageError : n_iter < 1 or an unknown solver.
+
+    Notes
+    -----
+    On the mask the paper's step ``S + mask * tail(W - S)`` equals ``mask * (W - L_r)``, so only the leading triplets
+    are needed. Cost of a subspace step: 6 d_out d_in r flops and a few passes over the matrix; memory: four copies of W.
+
+    References
+    ----------
+    .. [1] Shen et al. (2025), Targeted Low-rank Refinement, ICML 2025, PMLR 267:54457-54475, Algorithm 1. Deviations:
+       with "subspace" the triplets of a step are approximate; the authors' code may stop early once the leading
+       singular values hold 99 % of their sum, this does not.
+    """
 
     name: ClassVar[str] = "tlr"
     rank: int
     n_iter: int = 50
     solver: Solver = "auto"
 
+    def __post_init__(self) -> None:
+        check_iterations(self.n_iter, self.solver)
+
     @property
     def max_steps(self) -> int:
-        """The number of iterations T."""
+        """T, or 0 if the rank is 0."""
         return self.n_iter if self.rank > 0 else 0
 
-    def init(self, problem: Problem) -> Tensor:
-        """The residual L = W - S of plain pruning."""
-        return torch.where(problem.mask, 0, problem.W)
+    def rank_at(self, t: int) -> int:
+        """Rank of step `t`: grows linearly from 1 to k; 1 if T = 1."""
+        return 1 if self.n_iter == 1 else 1 + (self.rank - 1) * t // (self.n_iter - 1)
 
-    def step(self, problem: Problem, state: Tensor, t: int) -> tuple[Tensor, Progress]:
-        """One exact step."""
-        r = 1 if self.n_iter == 1 else 1 + (self.rank - 1) * t // (self.n_iter - 1)
-        U, sigma, Vh = truncate_svd(state, r)
-        L = (U * sigma) @ Vh
-        energy = float(sigma.square().sum() / state.square().sum().clamp_min(1e-300))
-        new = torch.where(problem.mask, L, problem.W)
-        return new, Progress(r, float((new - L).norm()), energy)
+    def init(self, problem: Problem) -> _State:
+        """The residual of plain pruning."""
+        completion = Completion(problem)
+        lookahead = LOOKAHEAD_STEPS * (self.rank - 1) // max(self.n_iter - 1, 1)
+        W = problem.W
+        solver = make_solver(self.solver, W.shape, self.rank, lookahead=lookahead, like=W, generator=problem.generator)
+        return _State(completion, solver, completion.pruned.clone(), torch.empty_like(W))
 
-    def finish(self, problem: Problem, state: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, problem: Problem, state: _State, t: int) -> tuple[_State, Progress]:
+        """One pass of the loop of Algorithm 1, in the memory of `state`."""
+        r = self.rank_at(t)
+        left, right, energy_frac = state.solver.leading(state.residual, r)
+        L = torch.mm(left, right, out=state.scratch)
+        state.completion.residual(L, out=state.residual)
+        objective = state.completion.objective(state.residual, L, out=state.scratch)
+        values = torch.stack([objective, energy_frac]).tolist()
+        return state, Progress(r, values[0], values[1])
+
+    def finish(self, problem: Problem, state: _State) -> tuple[Tensor, Tensor]:
         """Best rank-k approximation of the last residual."""
-        U, sigma, Vh = truncate_svd(state, self.rank)
-        root = sigma.sqrt()
-        return U * root, root[:, None] * Vh
+        left, right, _ = state.solver.final(state.residual, self.rank)
+        return balance(left, right)
+
+
+def check_iterations(n_iter: int, solver: str) -> None:
+    """Raise `UsageError` unless n_iter >= 1 and the solver is known."""
+    if n_iter < 1:
+        raise UsageError(f"n_iter must be at least 1, got {n_iter}. The paper uses 50.")
+    if solver not in SOLVERS:
+        raise UsageError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.")

@@ -26,8 +26,8 @@ class ZeroShotSVD(AbstractRefiner):
 
     References
     ----------
-    .. [1] Shen et al. (2025), ICML 2025, the "zero-shot SVD" baseline. Deviation: S is then refitted on the mask (as for
-       every refiner), so the kept entries are exact, where the baseline leaves ``S = mask * W`` and adds L to them.
+    .. [1] Shen et al. (2025), ICML 2025, the "zero-shot SVD" baseline. Deviation: S is then refitted on the mask (as
+       for every refiner), so the kept entries are exact, where the baseline leaves ``S = mask * W`` and adds L to them.
     """
 
     name: ClassVar[str] = "zero-shot-svd"
