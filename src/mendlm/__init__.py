@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from mendlm._import_hook import install as _install
 from mendlm._lazy import resolve as _resolve
 from mendlm.decomposition import SparseLowRank as SparseLowRank
 from mendlm.errors import MendError as MendError
@@ -16,6 +17,8 @@ from mendlm.refiners import ZeroShotSVD as ZeroShotSVD
 from mendlm.refiners import refine as refine
 
 __version__ = "0.1.0"
+
+_install()
 
 # Names whose modules import more than torch, numpy and safetensors: loaded on first use (PEP 562).
 _LAZY = {

@@ -22,7 +22,7 @@ def pack_mask(mask: Tensor) -> Tensor:
     d_out, d_in = mask.shape
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -d_in % 8))
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    return (padded.reshape(d_out, -1, 8) * weights).sum(dim=2, dtype=torch.uint8)
+    return (padded.reshape(d_out, -(-d_in // 8), 8) * weights).sum(dim=2, dtype=torch.uint8)
 
 
 def unpack_mask(bitmask: Tensor, d_in: int) -> Tensor:
@@ -30,7 +30,7 @@ def unpack_mask(bitmask: Tensor, d_in: int) -> Tensor:
     d_out = bitmask.shape[0]
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
     bits = (bitmask[:, :, None] >> shifts) & 1
-    return bits.reshape(d_out, -1)[:, :d_in].bool()
+    return bits.reshape(d_out, 8 * bitmask.shape[1])[:, :d_in].bool()
 
 
 def unpack(values: Tensor, bitmask: Tensor, d_in: int) -> Tensor:
@@ -38,7 +38,8 @@ def unpack(values: Tensor, bitmask: Tensor, d_in: int) -> Tensor:
 
     Raises
     ------
-    CheckpointError : the shapes disagree, a padding bit is set, or the bitmask's population is not the number of values.
+    CheckpointError : the shapes disagree, a padding bit is set, or the bitmask does not mark as many entries as there
+        are values.
     """
     check_packed(values, bitmask, d_in)
     mask = unpack_mask(bitmask, d_in)

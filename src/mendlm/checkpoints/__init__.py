@@ -1,0 +1,1 @@
+"""Checkpoints on disk: headers, reading, staging, writing, resuming."""

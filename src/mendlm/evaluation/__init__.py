@@ -1,0 +1,1 @@
+"""Perplexity on text, by the protocol that papers on compression use."""

@@ -46,7 +46,7 @@ class TLR(AbstractRefiner):
     Notes
     -----
     On the mask the paper's step ``S + mask * tail(W - S)`` equals ``mask * (W - L_r)``, so only the leading triplets
-    are needed. Cost of a subspace step: 6 d_out d_in r flops and a few passes over the matrix; memory: four copies of W.
+    are needed. A subspace step costs 6 d_out d_in r flops and a few passes over the matrix; memory: four copies of W.
 
     References
     ----------

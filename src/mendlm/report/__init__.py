@@ -1,0 +1,1 @@
+"""Reports: records of what was done, and what is made of them."""

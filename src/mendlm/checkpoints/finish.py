@@ -1,0 +1,84 @@
+"""The rest of an output folder: config, index, and the files that are copied as they are."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mendlm.checkpoints.reader import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint, inside, read_errors
+from mendlm.checkpoints.writer import ShardLayout
+
+# Weights in other forms, code, and what mendlm writes itself.
+_LEFT_OUT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".ggml", ".onnx", ".onnx_data"),
+    *(".h5", ".msgpack", ".npz", ".npy", ".tflite", ".ot", ".index.json", ".py", ".pyc"),
+)
+_LEFT_OUT = {CONFIG_FILE, INDEX_FILE, SINGLE_FILE, "mendlm.json", "mendlm.run.json"}
+
+
+def side_files(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Names of the files that are copied: tokenizer, generation config, chat template, licence and the like.
+
+    Weights in other forms, code, hidden files and subfolders stay out.
+
+    Raises
+    ------
+    CheckpointError : one of them is a link that leads out of the folder.
+    """
+    names = sorted(
+        path.name
+        for path in checkpoint.folder.iterdir()
+        if path.is_file()
+        and path.name not in _LEFT_OUT
+        and not path.name.startswith(".")
+        and not path.name.lower().endswith(_LEFT_OUT_SUFFIXES)
+    )
+    for name in names:
+        inside(checkpoint.folder, name)
+    return tuple(names)
+
+
+def input_files(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Names of all files of the input that decide the output, sorted."""
+    names = {shard.name for shard in checkpoint.shards} | {CONFIG_FILE} | set(side_files(checkpoint))
+    return tuple(sorted(names | ({INDEX_FILE} if checkpoint.index is not None else set())))
+
+
+def make_config(checkpoint: Checkpoint, quantization: Mapping[str, Any], storage_dtype: str | None) -> dict[str, Any]:
+    """config.json of the output: the original's, plus `quantization_config`, in the new dtype if there is one."""
+    config = copy.deepcopy(dict(checkpoint.config))
+    if storage_dtype is not None:
+        for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
+            config[key] = storage_dtype
+    return config | {"quantization_config": dict(quantization)}
+
+
+def make_index(checkpoint: Checkpoint, layouts: Iterable[ShardLayout]) -> dict[str, Any]:
+    """model.safetensors.index.json of the output: the original's metadata with the new size and tensor names."""
+    weight_map = {name: layout.name for layout in layouts for name in layout.infos}
+    total = sum(layout.data_bytes for layout in layouts)
+    metadata = (checkpoint.index or {}).get("metadata")
+    return {
+        "metadata": (metadata if isinstance(metadata, dict) else {}) | {"total_size": total},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """JSON text as transformers writes it."""
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def hash_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Name -> {"sha256", "size_bytes"} of files in `folder`, read piece by piece."""
+    hashes: dict[str, dict[str, Any]] = {}
+    for name in names:
+        path = folder / name
+        with read_errors(path), path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            hashes[name] = {"sha256": digest, "size_bytes": file.tell()}
+    return hashes

@@ -1,0 +1,257 @@
+"""Reading: find the files of a checkpoint, check that they fit together, and read single tensors.
+
+No file is mapped: mapped pages would count as resident memory. A tensor is read into a buffer of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mendlm.checkpoints.header import FLOATING, Header, TensorInfo, read_header
+from mendlm.errors import CheckpointError, UsageError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+CHUNK_BYTES = 8 * 2**20
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file of a checkpoint."""
+
+    name: str
+    path: Path
+    header: Header
+    size_bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder whose headers have been read and found to fit together.
+
+    Attributes
+    ----------
+    folder : where it is.
+    config : the parsed config.json.
+    shards : sorted by name.
+    index : the parsed index of a sharded checkpoint, None for a single file.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    shards: tuple[Shard, ...]
+    index: Mapping[str, Any] | None
+
+    @property
+    def model_type(self) -> str | None:
+        """The architecture's name in config.json."""
+        value = self.config.get("model_type")
+        return value if isinstance(value, str) else None
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read config, index and the header of every shard of a dense checkpoint.
+
+    Raises
+    ------
+    UsageError : not a folder of safetensors, e.g. pickles only; or compressed or quantized already.
+    CheckpointError : a file is missing, damaged or unsafe, or index and shards disagree.
+    """
+    weights = _find_weights(folder)
+    config = read_json_object(inside(folder, CONFIG_FILE))
+    _refuse_quantized(folder, config)
+    if weights == SINGLE_FILE:
+        return Checkpoint(folder, config, (_open_shard(folder, SINGLE_FILE),), None)
+    index = read_json_object(inside(folder, INDEX_FILE))
+    weight_map = _check_weight_map(index)
+    shards = tuple(_open_shard(folder, name) for name in sorted(set(weight_map.values())))
+    _check_index(weight_map, shards)
+    return Checkpoint(folder, config, shards, index)
+
+
+def read_tensor(shard: Shard, info: TensorInfo) -> Tensor:
+    """Read one tensor of a floating dtype into fresh memory, on the CPU.
+
+    Raises
+    ------
+    CheckpointError : the file cannot be read, or has become shorter.
+    """
+    tensor = torch.empty(info.shape, dtype=FLOATING[info.dtype])
+    if tensor.numel():
+        _fill(shard, shard.header.data_start + info.start, as_bytes(tensor))
+    return tensor
+
+
+def read_chunks(shard: Shard, info: TensorInfo, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
+    """Yield the raw bytes of a tensor in pieces; each piece is overwritten by the next."""
+    buffer = memoryview(bytearray(min(chunk_bytes, info.n_bytes)))
+    for start in range(info.start, info.end, chunk_bytes):
+        piece = buffer[: min(chunk_bytes, info.end - start)]
+        _fill(shard, shard.header.data_start + start, piece)
+        yield piece
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor that is not empty."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn an `OSError` about reading `path` into a `CheckpointError`."""
+    try:
+        yield
+    except OSError as err:
+        raise CheckpointError(f"cannot read {path.name!r}: {err.strerror or err}.") from err
+
+
+def _fill(shard: Shard, offset: int, target: memoryview) -> None:
+    with read_errors(shard.path), shard.path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while target:
+            n = file.readinto(target)
+            if not n:
+                raise CheckpointError(f"{shard.name!r} became shorter while it was read. Do not change it meanwhile.")
+            target = target[n:]
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Path of the file `name` in `folder`.
+
+    Raises
+    ------
+    CheckpointError : `name` is not a plain file name, or a link that leads out of the folder (links of a hub cache,
+        ``snapshots/<revision>/`` into ``blobs/``, may stay).
+    """
+    if not name or name in (".", "..") or any(c in name for c in "/\\\0") or Path(name).is_absolute():
+        raise CheckpointError(f"{name!r} is not a plain file name, and only files in the checkpoint's folder are read.")
+    path = folder / name
+    home = folder.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in allowed):
+        raise CheckpointError(
+            f"{name!r} is a link that leads out of the checkpoint's folder. Put the file itself there."
+        )
+    return path
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON file that must hold an object.
+
+    Raises
+    ------
+    CheckpointError : missing, unreadable, not JSON or not an object.
+    """
+    try:
+        parsed = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError as err:
+        raise CheckpointError(
+            f"{path.name!r} is missing. The download is probably incomplete: fetch it again."
+        ) from err
+    except OSError as err:
+        raise CheckpointError(f"cannot read {path.name!r}: {err.strerror or err}.") from err
+    except (ValueError, RecursionError) as err:
+        raise CheckpointError(f"{path.name!r} is not valid JSON: {err}. Fetch that file again.") from err
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{path.name!r} must hold a JSON object, got {type(parsed).__name__}. Fetch it again.")
+    return parsed
+
+
+def _find_weights(folder: Path) -> str:
+    """The file that lists the weights; as in transformers, a single file wins over an index."""
+    try:
+        names = sorted(p.name for p in folder.iterdir())
+    except OSError as err:
+        raise UsageError(f"cannot open the folder {str(folder)!r}: {err.strerror or err}.") from err
+    found = next((name for name in (SINGLE_FILE, INDEX_FILE) if name in names), None)
+    if found:
+        if CONFIG_FILE not in names:
+            raise CheckpointError(
+                f"{str(folder)!r} has weights but no {CONFIG_FILE}, which names the architecture. Add the model's."
+            )
+        return found
+    if pickles := [n for n in names if n.endswith(_PICKLES)]:
+        raise UsageError(
+            f"{str(folder)!r} holds its weights as pickles only, e.g. {pickles[0]!r}. Loading a pickle can run any "
+            "code, so mendlm reads safetensors alone. Convert once with a program you trust: "
+            "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(NEW_FOLDER)."
+        )
+    stray = next((n for n in names if n.endswith(".safetensors")), None)
+    if stray:
+        raise CheckpointError(
+            f"{str(folder)!r} holds {stray!r} but neither {SINGLE_FILE} nor {INDEX_FILE}. Add the index."
+        )
+    if gguf := next((n for n in names if n.endswith(".gguf")), None):
+        raise UsageError(f"{gguf!r} is a GGUF file. Turn it into a checkpoint first: mendlm import {gguf} FOLDER.")
+    raise UsageError(
+        f"{str(folder)!r} is not a checkpoint: it holds neither {SINGLE_FILE} nor {INDEX_FILE}. "
+        "Give the folder that save_pretrained wrote."
+    )
+
+
+def _refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method == "mendlm":
+        raise UsageError(f"{str(folder)!r} was already compressed by mendlm. Compress the dense model instead.")
+    raise UsageError(
+        f"{str(folder)!r} is quantized (quant_method {method!r}), and mendlm compresses floating weights. "
+        "Give the model before quantization."
+    )
+
+
+def _open_shard(folder: Path, name: str) -> Shard:
+    path = inside(folder, name)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{INDEX_FILE!r} names the shard {name!r}, which is missing. "
+            "The download is probably incomplete: fetch that shard again. Nothing was written."
+        )
+    header = read_header(path)
+    stat = path.stat()
+    return Shard(name, path, header, stat.st_size, stat.st_mtime_ns)
+
+
+def _check_weight_map(index: Mapping[str, Any]) -> dict[str, str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{INDEX_FILE!r} has no weight_map from tensor names to file names. Fetch it again.")
+    for tensor, shard in weight_map.items():
+        if any(c in shard for c in "/\\\0") or shard in ("", ".", "..") or Path(shard).is_absolute():
+            raise CheckpointError(
+                f"{INDEX_FILE!r} puts {tensor!r} into {shard!r}, which is not a plain file name. Only files in the "
+                "checkpoint's folder are read: do not trust this checkpoint before you know where it comes from."
+            )
+    return weight_map
+
+
+def _check_index(weight_map: Mapping[str, str], shards: tuple[Shard, ...]) -> None:
+    for shard in shards:
+        listed = {tensor for tensor, name in weight_map.items() if name == shard.name}
+        held = set(shard.header.by_name)
+        for tensor in sorted(listed - held):
+            raise CheckpointError(
+                f"{INDEX_FILE!r} lists {tensor!r} in {shard.name!r}, which holds no such tensor. The download is "
+                "probably incomplete or mixes two versions: fetch that shard again. Nothing was written."
+            )
+        for tensor in sorted(held - listed):
+            raise CheckpointError(
+                f"{shard.name!r} holds {tensor!r}, which {INDEX_FILE!r} does not list there. Index and shards are "
+                "probably of different versions: fetch both again. Nothing was written."
+            )

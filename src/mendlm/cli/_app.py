@@ -1,0 +1,55 @@
+"""The typer application: which commands there are. Each command is one module."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from mendlm.cli import compress, evaluate, import_gguf, inspect
+from mendlm.cli._options import TracebackOption
+
+_EXAMPLES = """[bold]Examples[/bold]
+
+[green]mendlm compress SmolLM2-135M out --sparsity 0.5 --rank 5%[/green]
+
+[green]mendlm eval out --text test.parquet --n-windows 8[/green]
+
+[green]mendlm inspect out[/green]
+
+[bold]Exit codes[/bold]: 0 done, 1 the work failed, 2 wrong use, 130 interrupted."""
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from mendlm import __version__
+
+        typer.echo(f"mendlm {__version__}")
+        raise typer.Exit
+
+
+def build_command() -> Any:
+    """The command-line parser with every command registered."""
+    app = typer.Typer(
+        name="mendlm",
+        no_args_is_help=True,
+        add_completion=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback(epilog=_EXAMPLES)
+    def root(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+        ] = False,
+        traceback: TracebackOption = False,
+    ) -> None:
+        """Compress pretrained language models as sparse + low-rank, [bold]W ≈ S + B @ A[/bold], without retraining."""
+
+    app.command("compress", epilog=compress.EXAMPLES)(compress.compress)
+    app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+    app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
+    app.command("import", epilog=import_gguf.EXAMPLES)(import_gguf.import_gguf)
+    return typer.main.get_command(app)

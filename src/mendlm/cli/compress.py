@@ -1,0 +1,255 @@
+"""`mendlm compress`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
+
+import typer
+
+from mendlm.cli import _compress_options as options
+from mendlm.cli._console import (
+    Column,
+    format_bytes,
+    format_float,
+    format_percent,
+    format_seconds,
+    format_shape,
+    json_only,
+    print_facts,
+    print_json,
+    print_table,
+)
+from mendlm.cli._options import DeviceOption, JsonOption, OverwriteOption, TracebackOption
+from mendlm.cli._progress import progress_view
+from mendlm.errors import UsageError
+
+if TYPE_CHECKING:
+    from mendlm.config import Recipe
+    from mendlm.pipeline import CompressionPlan, CompressionResult, Event, TensorDone
+    from mendlm.report.records import Totals
+
+EXAMPLES = """[bold]Examples[/bold]
+
+[dim]Half of the weights, mended with a low-rank part of 5 % of the smaller side:[/dim]
+
+[green]mendlm compress SmolLM2-135M out --sparsity 0.5 --rank 5%[/green]
+
+[dim]2:4, rank 128, the paper's algorithm with a full SVD in every step:[/dim]
+
+[green]mendlm compress Llama-2-7b out --pattern 2:4 --rank 128 --solver exact[/green]
+
+[dim]What would be done, and how large the result would be; nothing is written:[/dim]
+
+[green]mendlm compress SmolLM2-135M out --recipe recipe.yaml --dry-run[/green]
+
+[dim]Go on after Ctrl-C or a crash:[/dim]
+
+[green]mendlm compress SmolLM2-135M out --sparsity 0.5 --rank 5% --resume[/green]"""
+
+
+def compress(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A dense checkpoint folder.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    recipe: options.RecipeOption = None,
+    criterion: options.CriterionOption = None,
+    sparsity: options.SparsityOption = None,
+    pattern: options.PatternOption = None,
+    scope: options.ScopeOption = None,
+    include: options.IncludeOption = None,
+    exclude: options.ExcludeOption = None,
+    refiner: options.RefinerOption = None,
+    rank: options.RankOption = None,
+    n_iter: options.IterationsOption = None,
+    solver: options.SolverOption = None,
+    seed: options.SeedOption = None,
+    dtype: options.StorageOption = None,
+    device: DeviceOption = None,
+    executor: options.ExecutorOption = "local",
+    overwrite: OverwriteOption = False,
+    resume: options.ResumeOption = False,
+    dry_run: options.DryRunOption = False,
+    as_json: JsonOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Prune a model's block projections and mend each with a low-rank term; nothing is trained, no text is needed."""
+    flags = {
+        "criterion": criterion,
+        "refiner": refiner,
+        "rank": rank,
+        "n_iter": n_iter,
+        "solver": solver,
+        "include": include or None,
+        "exclude": exclude or None,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    with json_only(as_json) as stream:
+        chosen = resolve_recipe(recipe, flags, Zeros(sparsity, pattern, scope))
+        if dry_run:
+            from mendlm.pipeline import plan
+
+            planned = plan(model, chosen)
+        else:
+            how = "--resume in place of --overwrite" if overwrite else "--resume"
+            ctx.find_root().obj.interrupt_hint = (
+                f"Run the same command with {how} to go on from the tensors done so far."
+            )
+            target = _Target(out, device or "cpu", executor, overwrite, resume)
+            result = _run(stream, model, chosen, target)
+    if as_json:
+        print_json(planned.to_dict() if dry_run else result.to_dict())
+    elif dry_run:
+        _show_plan(planned)
+    else:
+        _show_result(result)
+
+
+class Zeros(NamedTuple):
+    """The flags that say where the zeros of S are."""
+
+    sparsity: float | None = None
+    pattern: str | None = None
+    scope: str | None = None
+
+    def over(self, fields: Mapping[str, Any]) -> object:
+        """The recipe's pattern after these flags; None if none was given.
+
+        Raises
+        ------
+        UsageError : flags that exclude each other.
+        """
+        if self.pattern is not None:
+            for name, value in (("sparsity", self.sparsity), ("scope", self.scope)):
+                if value is not None:
+                    raise UsageError(
+                        f"--{name} {value} does not go with --pattern {self.pattern}: n:m fixes where the zeros are. "
+                        "Leave one of them out."
+                    )
+            return self.pattern
+        if self.sparsity is None and self.scope is None:
+            return None
+        base = fields["pattern"] if "sparsity" in fields["pattern"] else {}
+        if self.sparsity is None and not base:
+            raise UsageError(
+                f"--scope {self.scope} does not go with the recipe's n:m pattern. Give --sparsity with it."
+            )
+        given = {"sparsity": self.sparsity, "scope": self.scope}
+        return base | {name: value for name, value in given.items() if value is not None}
+
+
+def resolve_recipe(file: Path | None, flags: Mapping[str, Any], zeros: Zeros) -> Recipe:
+    """The recipe of a file (or the default one) with the `flags` that are not None put over it.
+
+    A flag that changes the refiner takes the old refiner's own settings (n_iter, solver, options) with it, and for one
+    without a low-rank part the rank.
+
+    Raises
+    ------
+    UsageError : a bad file, a bad value, or flags that exclude each other.
+    """
+    from mendlm.config import Recipe
+    from mendlm.refiners import PruneOnly
+
+    base = Recipe() if file is None else Recipe.from_file(file)
+    fields = base.to_dict()
+    given = {name: value for name, value in flags.items() if value is not None}
+    if given.get("refiner", fields["refiner"]) != fields["refiner"]:
+        dropped = {"n_iter", "solver", "refiner_options", *({"rank"} if given["refiner"] == PruneOnly.name else ())}
+        fields = {name: value for name, value in fields.items() if name not in dropped}
+    pattern = zeros.over(fields)
+    if pattern is not None:
+        given["pattern"] = pattern
+    return Recipe(**(fields | given))
+
+
+class _Target(NamedTuple):
+    """Where the work runs and where its result goes."""
+
+    out: Path
+    device: str
+    executor: str
+    overwrite: bool
+    resume: bool
+
+
+def _run(stream: TextIO, model: str, recipe: Recipe, target: _Target) -> CompressionResult:
+    from mendlm.pipeline import TensorStarted
+    from mendlm.pipeline import compress as run_compress
+
+    with progress_view(stream, "compress") as view:
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, TensorStarted):
+                view.started(event.name, event.done_bytes, event.total_bytes)
+            else:
+                view.advanced(event.done_bytes, event.total_bytes, _line(event))
+
+        return run_compress(
+            model,
+            target.out,
+            recipe,
+            device=target.device,
+            executor=target.executor,
+            overwrite=target.overwrite,
+            resume=target.resume,
+            on_event=on_event,
+        )
+
+
+def _line(event: TensorDone) -> str:
+    record, width = event.record, len(str(event.n_tensors))
+    return (
+        f"[{event.index:>{width}}/{event.n_tensors}] {record.name}  {format_shape(record.shape)}  "
+        f"n_kept {record.n_kept}  rank {record.rank}  rel_error {format_float(record.rel_error)}  "
+        f"{format_seconds(event.seconds)}"
+    )
+
+
+def _show_result(result: CompressionResult) -> None:
+    totals, errors = result.totals, [record.rel_error for record in result.records]
+    resumed = f", {result.resumed} of them by the interrupted run" if result.resumed else ""
+    facts = [
+        ("tensors", f"{totals.n_compressed} of {totals.n_tensors} compressed{resumed}"),
+        ("bytes", _before_after(totals)),
+    ]
+    if errors:
+        mean, largest = sum(errors) / len(errors), max(errors)
+        facts.append(("rel_error", f"mean {format_float(mean)}, max {format_float(largest)}"))
+    facts += [("time", format_seconds(result.seconds)), ("out", str(result.out))]
+    print_facts(facts)
+
+
+def _show_plan(planned: CompressionPlan) -> None:
+    columns = [Column("tensor", False), Column("action", False), Column("shape"), Column("n_kept"), Column("rank")]
+    rows = []
+    for tensor in planned.tensors:
+        is_compressed = tensor.action == "compress"
+        rows.append(
+            [
+                tensor.name,
+                tensor.action,
+                format_shape(tensor.shape),
+                f"{tensor.n_kept:,}" if is_compressed else "",
+                str(tensor.rank) if is_compressed else "",
+                format_bytes(tensor.dense_bytes),
+                format_bytes(tensor.stored_bytes),
+            ]
+        )
+    totals = planned.totals
+    footer = ["total", "", "", "", "", format_bytes(totals.dense_bytes), format_bytes(totals.stored_bytes)]
+    print_table([*columns, Column("before"), Column("after")], rows, footer=footer)
+    print_facts(
+        [
+            ("tensors", f"{totals.n_compressed} of {totals.n_tensors} to compress"),
+            ("bytes", _before_after(totals)),
+            ("dry run", "nothing was written"),
+        ]
+    )
+
+
+def _before_after(totals: Totals) -> str:
+    before, after = format_bytes(totals.dense_bytes), format_bytes(totals.stored_bytes)
+    return f"{before} before, {after} after ({format_percent(totals.ratio)})"

@@ -1,0 +1,112 @@
+"""`mendlm eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mendlm.cli._console import format_seconds, json_only, print_facts, print_json
+from mendlm.cli._options import DeviceOption, JsonOption, TracebackOption
+from mendlm.cli._progress import progress_view
+from mendlm.errors import UsageError
+
+if TYPE_CHECKING:
+    from mendlm.evaluation.perplexity import PerplexityResult
+
+EXAMPLES = """[bold]Examples[/bold]
+
+[dim]A compressed folder on a local file, the first 8 windows:[/dim]
+
+[green]mendlm eval out --text test.parquet --n-windows 8[/green]
+
+[dim]The dense original on WikiText-2, fetched by the datasets library:[/dim]
+
+[green]mendlm eval SmolLM2-135M --dataset wikitext2[/green]
+
+[dim]For a script:[/dim]
+
+[green]mendlm eval out --text test.parquet --json | jq .ppl[/green]"""
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, dense or compressed.", show_default=False)],
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", metavar="FILE", help="Text: .txt, .jsonl or .parquet.", show_default=False),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", metavar="NAME", help="A named data set: wikitext2.", show_default=False),
+    ] = None,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            "--seqlen", min=2, metavar="N", help="Tokens a window. Default: 2048, or the model's maximum if less."
+        ),
+    ] = None,
+    n_windows: Annotated[
+        int | None, typer.Option("--n-windows", min=1, metavar="N", help="Only the first N windows. Default: all.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            help="float32, bfloat16 or float16. Default: float32 on a CPU, else the checkpoint's.",
+        ),
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option("--runtime", metavar="NAME", help="How a compressed folder runs: auto, merged, factored, packed."),
+    ] = None,
+    as_json: JsonOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Measure perplexity: non-overlapping windows of the text, mean negative log-likelihood per predicted token."""
+    if (text is None) == (dataset is None):
+        given = "both were given" if text is not None else "neither was given"
+        raise UsageError(f"eval needs either --text FILE or --dataset NAME, {given}. Try --dataset wikitext2.")
+    with json_only(as_json) as stream:
+        from mendlm.evaluation.perplexity import evaluate as run_evaluate
+
+        with progress_view(stream, "eval") as view:
+
+            def on_window(done: int, total: int, ppl: float) -> None:
+                view.advanced(done, total, f"[{done:>{len(str(total))}}/{total}] ppl so far {ppl:.4f}")
+
+            result = run_evaluate(
+                model,
+                text=text,
+                dataset=dataset,
+                seqlen=seqlen,
+                n_windows=n_windows,
+                device=device,
+                dtype=dtype,
+                runtime=runtime,
+                progress=on_window,
+            )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        _show(result)
+
+
+def _show(result: PerplexityResult) -> None:
+    protocol = result.protocol
+    facts = [
+        ("model", str(protocol["model"])),
+        ("text", f"{protocol['text']} ({protocol['n_rows']:,} rows, joined with {protocol['rows_joined_with']!r})"),
+        (
+            "windows",
+            f"{result.n_windows} of {protocol['n_windows_given']}, {result.seqlen} tokens each: {protocol['windows']}",
+        ),
+        ("predicted", f"{result.n_tokens:,} tokens: {protocol['predicted']}"),
+        ("mean", f"{result.nll:.6f}, {protocol['mean']}"),
+        ("speed", f"{result.tokens_per_second:,.0f} tokens/s, {format_seconds(result.seconds)}"),
+        ("run on", f"{protocol['device']} in {protocol['dtype']}"),
+        ("ppl", f"{result.ppl:.4f}"),
+    ]
+    print_facts(facts)

@@ -1,0 +1,1 @@
+"""Execution: where and in what order tensors are worked on. Every executor writes the same bytes."""

@@ -1,0 +1,126 @@
+"""The headers of a checkpoint folder, dense or packed: which tensors belong to which weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from mendlm.checkpoints.header import TensorInfo, read_header
+from mendlm.checkpoints.reader import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Shard,
+    inside,
+    open_checkpoint,
+    read_json_object,
+)
+from mendlm.checkpoints.staging import has_partial
+from mendlm.errors import CheckpointError, UsageError
+
+_PARTS = ("weight_values", "weight_bitmask", "lora_A", "lora_B")
+
+
+class Part(NamedTuple):
+    """A tensor and the file it is in."""
+
+    shard: Shard
+    info: TensorInfo
+
+
+class Packed(NamedTuple):
+    """The tensors that a compressed weight is stored as; their shapes fit together."""
+
+    values: Part
+    bitmask: Part
+    A: Part
+    B: Part
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the weight."""
+        return self.bitmask.info.shape[0], self.A.info.shape[1]
+
+    @property
+    def n_kept(self) -> int:
+        """Entries stored in S."""
+        return prod(self.values.info.shape)
+
+    @property
+    def rank(self) -> int:
+        """Rank of B @ A."""
+        return self.A.info.shape[0]
+
+
+class Folder(NamedTuple):
+    """A checkpoint folder: names of weights, ``….weight`` if compressed, and where they are."""
+
+    layout: Literal["dense", "packed"]
+    config: Mapping[str, Any]
+    packed: Mapping[str, Packed]
+    copied: Mapping[str, Part]
+
+
+def open_folder(path: Path) -> Folder:
+    """Read config, index and headers of a folder, dense or compressed by mendlm.
+
+    Raises
+    ------
+    UsageError : no checkpoint there, an unfinished one, or one quantized by something else.
+    CheckpointError : a file is missing or damaged, or a compressed weight lacks a part.
+    """
+    if not path.exists() and has_partial(path):
+        raise UsageError(
+            f"{str(path)!r} is an unfinished run. Finish it first: mendlm compress with the arguments it was started "
+            "with, and --resume."
+        )
+    config = read_json_object(inside(path, CONFIG_FILE)) if (path / CONFIG_FILE).is_file() else {}
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "mendlm":
+        checkpoint = open_checkpoint(path)
+        return Folder("dense", checkpoint.config, {}, _by_name(checkpoint.shards))
+    if quantization.get("layout") != "packed":
+        raise UsageError(f"{str(path)!r} has layout {quantization.get('layout')!r}, this mendlm knows 'packed'.")
+    parts = _by_name(_packed_shards(path))
+    stems = sorted(name.removesuffix(_PARTS[0]) for name in parts if name.endswith(f".{_PARTS[0]}"))
+    packed = {f"{stem}weight": _gather(stem, parts) for stem in stems}
+    # An empty tensor of the weight's own name may stand beside its parts: the guard against loading without mendlm.
+    owned = {f"{stem}{part}" for stem in stems for part in (*_PARTS, "weight")}
+    return Folder("packed", config, packed, {name: part for name, part in parts.items() if name not in owned})
+
+
+def _by_name(shards: Iterable[Shard]) -> dict[str, Part]:
+    return {info.name: Part(shard, info) for shard in shards for info in shard.header.tensors}
+
+
+def _packed_shards(path: Path) -> list[Shard]:
+    """`open_checkpoint` refuses compressed folders; their files are named as those of dense ones."""
+    names = [SINGLE_FILE]
+    if not (path / SINGLE_FILE).is_file():
+        weight_map = read_json_object(inside(path, INDEX_FILE)).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{INDEX_FILE!r} has no weight_map from tensor names to file names. Fetch it again.")
+        names = sorted(set(weight_map.values()))
+    shards = []
+    for name in names:
+        file = inside(path, name)
+        header = read_header(file)
+        stat = file.stat()
+        shards.append(Shard(name, file, header, stat.st_size, stat.st_mtime_ns))
+    return shards
+
+
+def _gather(stem: str, parts: Mapping[str, Part]) -> Packed:
+    missing = [part for part in _PARTS if f"{stem}{part}" not in parts]
+    if missing:
+        raise CheckpointError(f"'{stem}weight' lacks its {missing[0]}. The folder is incomplete: fetch it again.")
+    packed = Packed(*(parts[f"{stem}{part}"] for part in _PARTS))
+    mask, A, B = (part.info.shape for part in packed[1:])
+    if not (len(mask) == len(A) == len(B) == 2 and B == (mask[0], A[0]) and mask[1] == -(-A[1] // 8)):
+        raise CheckpointError(
+            f"the parts of '{stem}weight' do not fit together: bitmask {mask}, lora_A {A}, lora_B {B}. "
+            "The folder mixes two runs: compress the model again."
+        )
+    return packed

@@ -1,0 +1,78 @@
+"""`load`: a folder, compressed or dense, as a transformers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mendlm.checkpoints.reader import read_json_object
+from mendlm.errors import CheckpointError, MendError, UsageError
+from mendlm.runtime import resolve_runtime
+
+
+def load(
+    path: str | Path,
+    *,
+    runtime: str = "auto",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Any:
+    """Open a checkpoint folder as a causal language model in eval mode.
+
+    Parameters
+    ----------
+    path : a folder that mendlm wrote, or any dense transformers folder. Nothing is downloaded, no code in it is run.
+    runtime : for a compressed folder, how its layers compute: "auto" (now "merged"), "merged", "factored", "packed".
+    dtype : of the weights in memory; that of the checkpoint if not given.
+    device : where to put the model; CPU if not given.
+
+    Returns
+    -------
+    A `transformers.PreTrainedModel`. Loading reads the packed tensors and converts layer by layer: at most one layer is
+    in memory twice.
+
+    Raises
+    ------
+    UsageError : no such folder, no config.json, an unknown runtime, or a runtime for a dense folder.
+    CheckpointError : the folder is damaged: a tensor is missing, has another shape, or its bitmask is inconsistent.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UsageError(f"{str(path)!r} is no folder. Download the model first and give the folder that holds it.")
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{str(path)!r} holds no config.json: it is not a transformers checkpoint.")
+    quantization = read_json_object(folder / "config.json").get("quantization_config")
+    compressed = isinstance(quantization, dict) and quantization.get("quant_method") == "mendlm"
+    resolve_runtime(runtime)
+    if not compressed and runtime != "auto":
+        raise UsageError(f"{str(path)!r} is not compressed by mendlm, so there is no runtime {runtime!r} to choose.")
+    model = _from_pretrained(folder, runtime if compressed else None, dtype)
+    return model.to(device) if device is not None else model
+
+
+def _from_pretrained(folder: Path, runtime: str | None, dtype: torch.dtype | None) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from mendlm import hf
+    from mendlm._quiet import quiet_transformers
+
+    hf.register()
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if runtime is not None:
+                config.quantization_config = {**config.quantization_config, "runtime": runtime}
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype="auto" if dtype is None else dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        except MendError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError) as err:
+            reason = " ".join(str(err).split()) or type(err).__name__
+            raise CheckpointError(f"transformers cannot open {str(folder)!r}: {reason[:500]}") from err

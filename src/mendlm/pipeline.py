@@ -1,0 +1,363 @@
+"""The pipeline: a checkpoint folder in, a compressed folder out. The only module that knows every stage.
+
+Tensors stream: one at a time is read, masked, refined, packed and written to its place, so memory does not grow with
+the model. `plan` does all the validation, from headers alone, before any work.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import safetensors
+import torch
+
+import mendlm
+from mendlm.checkpoints.finish import hash_files, input_files, make_config, make_index, side_files, to_json
+from mendlm.checkpoints.plan import shard_layout
+from mendlm.checkpoints.reader import CONFIG_FILE, INDEX_FILE, Checkpoint, open_checkpoint
+from mendlm.checkpoints.staging import (
+    check_space,
+    check_target,
+    differences,
+    has_partial,
+    is_filled,
+    open_staging,
+    remove_leftovers,
+)
+from mendlm.checkpoints.writer import copy_file, write_file
+from mendlm.errors import CheckpointError, MendError, StorageError, UsageError
+from mendlm.execution.serial import Event as Event
+from mendlm.execution.serial import SerialRun
+from mendlm.execution.serial import TensorDone as TensorDone
+from mendlm.execution.serial import TensorStarted as TensorStarted
+from mendlm.planning import CompressionPlan as CompressionPlan
+from mendlm.planning import make_plan
+from mendlm.report.records import MANIFEST_FILE, RUN_FILE, Manifest, TensorRecord, Totals, read_manifest
+
+if TYPE_CHECKING:
+    from mendlm.config import Recipe
+
+logger = logging.getLogger(__name__)
+
+_SLACK_BYTES = 2**20  # config, index, records
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """What `compress` did.
+
+    Attributes
+    ----------
+    out : the folder written.
+    records : one per compressed tensor, in the order of the plan.
+    totals : over all tensors.
+    seconds : wall time of this call.
+    resumed : how many of the records an earlier, unfinished run had already done.
+    """
+
+    out: Path
+    records: tuple[TensorRecord, ...]
+    totals: Totals
+    seconds: float
+    resumed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields."""
+        return {
+            "out": str(self.out),
+            "seconds": self.seconds,
+            "resumed": self.resumed,
+            "totals": self.totals.to_dict(),
+            "records": [record.to_dict() for record in self.records],
+        }
+
+
+def plan(model: str | Path, recipe: Recipe | None = None) -> CompressionPlan:
+    """What `compress` would do, from the headers alone: no weight is read, nothing is written.
+
+    Parameters
+    ----------
+    model : a local checkpoint folder.
+    recipe : how; ``Recipe()`` if not given.
+
+    Raises
+    ------
+    UsageError : no such folder, not a dense safetensors checkpoint, unknown architecture, a glob that matches nothing,
+        a rank or pattern that does not fit a tensor (the message names it).
+    CheckpointError : a file is missing, damaged or unsafe.
+    """
+    return make_plan(_open(model), _recipe_or_default(recipe))
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "cpu",
+    executor: str = "local",
+    overwrite: bool = False,
+    resume: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+) -> CompressionResult:
+    """Compress a checkpoint folder into another one, in the `packed` layout.
+
+    Parameters
+    ----------
+    model : a local folder with config.json and safetensors, single or sharded; F64, F32, F16 or BF16 weights.
+    out : the folder to write. It appears only when it is complete.
+    recipe : how; ``Recipe()`` if not given. Same recipe, same input, same bytes.
+    device : where to compute, "cpu", "cuda" or "cuda:1".
+    executor : "local" is the only one so far.
+    overwrite : replace `out`, at the very end, and start anew if a run into it stopped half-way.
+    resume : continue a run that stopped half-way; starts normally if there is none, returns its result if `out` is
+        complete.
+    on_event : called with `TensorStarted` and `TensorDone`.
+
+    Returns
+    -------
+    CompressionResult
+
+    Raises
+    ------
+    UsageError : as `plan`; or `out` is not empty, in the input, or holds another run; device or executor unknown.
+    CheckpointError : a file of the input is missing, damaged or unsafe.
+    NonFiniteError : a weight holds NaN or infinity, or overflows the storage dtype; the message names it.
+    StorageError : the disk is full or cannot be written, or another run writes to `out`.
+
+    Notes
+    -----
+    Memory: a few copies of the largest tensor. After any of these errors nothing is left behind; KeyboardInterrupt and
+    unexpected errors leave the work done so far in a hidden folder beside `out`, for `resume`.
+    """
+    started = time.monotonic()
+    recipe = _recipe_or_default(recipe)
+    where = _resolve_device(device)
+    if executor != "local":
+        raise UsageError(f"unknown executor {executor!r}. Available: local.")
+    if overwrite and resume:
+        raise UsageError("overwrite starts anew and resume continues: pass one of them.")
+    checkpoint = _open(model)
+    planned = make_plan(checkpoint, recipe)
+    target = check_target(out, checkpoint.folder)
+    if resume and is_filled(target) and not has_partial(target):
+        manifest = _finished_run(target, checkpoint, recipe)
+        return CompressionResult(
+            target, manifest.records, manifest.totals, time.monotonic() - started, len(manifest.records)
+        )
+    layouts = {shard.name: shard_layout(shard, planned.tensors, planned.guard) for shard in checkpoint.shards}
+    staging = open_staging(target, _fingerprint(checkpoint, recipe, where), resume=resume, overwrite=overwrite)
+    run = SerialRun(planned, checkpoint.shards, layouts, staging, where, on_event)
+    try:
+        side_bytes = sum((checkpoint.folder / name).stat().st_size for name in side_files(checkpoint))
+        check_space(staging, side_bytes + sum(layout.size_bytes for layout in layouts.values()) + _SLACK_BYTES)
+        run.allocate()
+        run.execute()
+        records = run.records()
+        _finish(checkpoint, run, records, time.monotonic() - started)
+    except BaseException as err:
+        _abandon(run, err)
+        raise
+    try:
+        staging.publish()
+    except BaseException:
+        staging.release()
+        raise
+    return CompressionResult(target, records, planned.totals, time.monotonic() - started, run.n_resumed)
+
+
+def _recipe_or_default(recipe: Recipe | None) -> Recipe:
+    if recipe is not None:
+        return recipe
+    from mendlm.config import Recipe
+
+    return Recipe()
+
+
+def _open(model: str | Path) -> Checkpoint:
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return open_checkpoint(folder)
+    if folder.suffix == ".gguf":
+        raise UsageError(
+            f"{str(model)!r} is a GGUF file. Turn it into a checkpoint first: mendlm import GGUF_FILE FOLDER."
+        )
+    if folder.is_file():
+        raise UsageError(f"{str(model)!r} is a file. Give the folder that holds config.json and the weights.")
+    raise UsageError(
+        f"{str(model)!r} is not a folder. For a model of the hub, download it first, e.g. with "
+        f"'hf download {model} --local-dir FOLDER', and give that folder."
+    )
+
+
+def _resolve_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as err:
+        raise UsageError(f"unknown device {name!r}. Use 'cpu', 'cuda' or 'cuda:N'.") from err
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported. Use 'cpu', 'cuda' or 'cuda:N'.")
+    if device.type == "cuda":
+        n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= n_devices:
+            raise UsageError(
+                f"device {name!r} is not available: torch {torch.__version__} finds {n_devices} CUDA devices. "
+                "Use 'cpu', or install a CUDA build of torch."
+            )
+    return device
+
+
+def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """Everything that decides the output's bytes, from stat and headers: cheap, for the journal."""
+    import mendlm
+
+    return {
+        "mendlm_version": mendlm.__version__,
+        "torch_version": torch.__version__,
+        "device": device.type,
+        "recipe": recipe.to_dict(),
+        "inputs": _stat_inputs(checkpoint),
+        "headers": {shard.name: shard.header.sha256 for shard in checkpoint.shards},
+    }
+
+
+def _stat_inputs(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    stats = {name: (checkpoint.folder / name).stat() for name in input_files(checkpoint)}
+    return {name: {"size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats.items()}
+
+
+def _finished_run(target: Path, checkpoint: Checkpoint, recipe: Recipe) -> Manifest:
+    """The manifest of a complete OUT, if it is what this run would give.
+
+    Raises
+    ------
+    UsageError : OUT was written by something else, from another input, or with another recipe.
+    CheckpointError : OUT is damaged.
+    """
+    if not (target / MANIFEST_FILE).exists():
+        raise UsageError(
+            f"OUT {str(target)!r} exists, is not empty and holds no run to resume. "
+            "Pass --overwrite, or choose another folder."
+        )
+    manifest = read_manifest(target)
+    stats = _stat_inputs(checkpoint)
+    unchanged = _known_stats(target) == stats
+    old = {
+        "mendlm_version": manifest.mendlm_version,
+        "torch_version": manifest.versions.get("torch"),
+        "recipe": manifest.recipe,
+        "inputs": {name: entry.get("sha256") for name, entry in manifest.inputs.items()},
+    }
+    new = {
+        "mendlm_version": mendlm.__version__,
+        "torch_version": torch.__version__,
+        "recipe": recipe.to_dict(),
+        "inputs": old["inputs"]
+        if unchanged
+        else {name: entry["sha256"] for name, entry in hash_files(checkpoint.folder, stats).items()},
+    }
+    if changes := differences(old, new):
+        raise UsageError(f"OUT {str(target)!r} is complete but another run wrote it: {changes}. Pass --overwrite.")
+    for name, entry in manifest.outputs.items():
+        if not (target / name).is_file() or (target / name).stat().st_size != entry.get("size_bytes"):
+            raise CheckpointError(f"{name!r} in OUT {str(target)!r} is missing or damaged. Pass --overwrite.")
+    remove_leftovers(target)
+    return manifest
+
+
+def _known_stats(target: Path) -> Any:
+    """Sizes and times of the inputs when OUT was written; None if they are not known."""
+    try:
+        return json.loads((target / RUN_FILE).read_text(encoding="utf-8")).get("inputs")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _finish(checkpoint: Checkpoint, run: SerialRun, records: tuple[TensorRecord, ...], seconds: float) -> None:
+    """Write everything but the weights into the folder in the making."""
+    folder, plan = run.staging.files, run.plan
+    names = side_files(checkpoint)
+    for name in names:
+        copy_file(checkpoint.folder / name, folder / name)
+    quantization = {
+        "quant_method": "mendlm",
+        "version": 1,
+        "layout": "packed",
+        "guard": plan.guard.name,
+        "modules": {t.module: {"n_kept": t.n_kept, "rank": t.rank} for t in plan.compressed},
+    }
+    write_file(folder / CONFIG_FILE, to_json(make_config(checkpoint, quantization, plan.recipe.dtype)))
+    outputs = {CONFIG_FILE, *names, *run.layouts}
+    if checkpoint.index is not None:
+        write_file(folder / INDEX_FILE, to_json(make_index(checkpoint, run.layouts.values())))
+        outputs.add(INDEX_FILE)
+    manifest = Manifest(
+        mendlm_version=mendlm.__version__,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "safetensors": safetensors.__version__,
+            "numpy": numpy.__version__,
+        },
+        recipe=plan.recipe.to_dict(),
+        inputs=hash_files(checkpoint.folder, input_files(checkpoint)),
+        outputs=hash_files(folder, sorted(outputs)),
+        totals=plan.totals,
+        records=records,
+    )
+    if _stat_inputs(checkpoint) != run.staging.journal.fingerprint["inputs"]:
+        raise CheckpointError("a file of MODEL was changed while it was read. Compress it again.")
+    write_file(folder / MANIFEST_FILE, to_json(manifest.to_dict()))
+    write_file(folder / RUN_FILE, to_json(_run_facts(run, seconds)))
+
+
+def _run_facts(run: SerialRun, seconds: float) -> dict[str, Any]:
+    """What differs from run to run, and so has no place in the manifest."""
+    return {
+        "format": "mendlm-run",
+        "version": 1,
+        "started_at": (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "resumed": run.n_resumed,
+        "device": str(run.device),
+        "n_threads": torch.get_num_threads(),
+        "peak_memory_bytes": _peak_memory_bytes(),
+        "peak_device_bytes": torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None,
+        "inputs": run.staging.journal.fingerprint["inputs"],
+        "tensor_seconds": run.seconds(),
+    }
+
+
+def _peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    try:
+        # Not ru_maxrss where there is another way: Linux hands it on to the programs a process starts.
+        status = Path("/proc/self/status").read_text()
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _abandon(run: SerialRun, err: BaseException) -> None:
+    """Keep unfinished work if it can be resumed and someone may want to, remove it otherwise."""
+    had_work = bool(run.staging.journal.entries)
+    if isinstance(err, StorageError):
+        keep = had_work
+    else:
+        keep = not isinstance(err, MendError) and (had_work or run.n_done > 0)
+    if keep:
+        run.staging.release()
+    else:
+        run.staging.discard()

@@ -1,0 +1,192 @@
+"""Records: what was done to each tensor, as typed rows that go through `mendlm.json` unchanged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from mendlm.budgets import stored_frac
+from mendlm.errors import CheckpointError, UsageError
+
+MANIFEST_FILE = "mendlm.json"
+RUN_FILE = "mendlm.run.json"
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One compressed tensor.
+
+    Attributes
+    ----------
+    name, shard : which tensor, in which file.
+    shape : (d_out, d_in).
+    dtype, storage_dtype : before and after, e.g. "float32" and "bfloat16".
+    criterion : how the mask was chosen.
+    n_kept : entries of S that may differ from zero; exact.
+    sparsity : fraction of entries of S that are zero, ``1 - n_kept / (d_out * d_in)``.
+    rank : of L = B @ A.
+    n_iter : iterations done.
+    status : "converged" or "max_steps".
+    objective : ``||(1 - mask) * (W - L)||_F`` before rounding.
+    rel_error : ``||W - S - B @ A||_F / ||W||_F`` of what is stored.
+    energy_frac : share of the last residual that its leading triplets hold; None if no iteration was done.
+    dense_bytes, stored_bytes : before and after, data alone.
+    """
+
+    name: str
+    shard: str
+    shape: tuple[int, int]
+    dtype: str
+    storage_dtype: str
+    criterion: str
+    n_kept: int
+    sparsity: float
+    rank: int
+    n_iter: int
+    status: str
+    objective: float
+    rel_error: float
+    energy_frac: float | None
+    dense_bytes: int
+    stored_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields."""
+        return dataclasses.asdict(self) | {"shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; fields of a newer version are ignored."""
+        known = {f.name: row[f.name] for f in dataclasses.fields(cls)}
+        d_out, d_in = known["shape"]
+        return cls(**(known | {"shape": (d_out, d_in)}))
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a whole checkpoint, compressed and copied tensors together.
+
+    Attributes
+    ----------
+    n_tensors, n_compressed : tensors of the input, and how many of them are compressed.
+    dense_params, stored_params : entries before; values kept, factor entries and copied entries after (no mask bits).
+    dense_bytes, stored_bytes : data before and after, without headers.
+    """
+
+    n_tensors: int
+    n_compressed: int
+    dense_params: int
+    stored_params: int
+    dense_bytes: int
+    stored_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """``stored_bytes / dense_bytes``: 0.6 means that the weights take 60 % of the space they took."""
+        return stored_frac(self.stored_bytes, self.dense_bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields, and the ratio for readers."""
+        return dataclasses.asdict(self) | {"ratio": self.ratio}
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
+        return cls(**{f.name: row[f.name] for f in dataclasses.fields(cls)})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`mendlm.json`: everything that decides the bytes of a compressed folder, and what came out.
+
+    Attributes
+    ----------
+    mendlm_version : that wrote the folder.
+    versions : of python, torch, safetensors and numpy.
+    recipe : `Recipe.to_dict()`.
+    inputs, outputs : file name -> {"sha256", "size_bytes"}.
+    totals, records : what was done.
+    """
+
+    mendlm_version: str
+    versions: Mapping[str, str]
+    recipe: Mapping[str, Any]
+    inputs: Mapping[str, Mapping[str, Any]]
+    outputs: Mapping[str, Mapping[str, Any]]
+    totals: Totals
+    records: tuple[TensorRecord, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of `mendlm.json`."""
+        return {
+            "format": "mendlm",
+            "version": 1,
+            "mendlm_version": self.mendlm_version,
+            "versions": dict(self.versions),
+            "recipe": dict(self.recipe),
+            "seed": self.recipe["seed"],
+            "inputs": dict(self.inputs),
+            "outputs": dict(self.outputs),
+            "totals": self.totals.to_dict(),
+            "records": [record.to_dict() for record in self.records],
+        }
+
+    @classmethod
+    def from_dict(cls, parsed: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; KeyError, TypeError or ValueError if something is missing."""
+        return cls(
+            mendlm_version=parsed["mendlm_version"],
+            versions=parsed["versions"],
+            recipe=parsed["recipe"],
+            inputs=parsed["inputs"],
+            outputs=parsed["outputs"],
+            totals=Totals.from_dict(parsed["totals"]),
+            records=tuple(TensorRecord.from_dict(row) for row in parsed["records"]),
+        )
+
+
+def summarize(rows: Iterable[tuple[bool, int, int, int, int]]) -> Totals:
+    """Totals of (compressed?, dense_params, stored_params, dense_bytes, stored_bytes), one row a tensor."""
+    table = list(rows)
+    sums = [sum(row[i] for row in table) for i in range(1, 5)]
+    return Totals(len(table), sum(row[0] for row in table), *sums)
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read `mendlm.json` of a folder that mendlm wrote.
+
+    Raises
+    ------
+    UsageError : the folder holds no `mendlm.json`.
+    CheckpointError : the file is damaged, or of a version that this mendlm does not know.
+    """
+    path = Path(folder) / MANIFEST_FILE
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as err:
+        raise UsageError(
+            f"{str(folder)!r} holds no {MANIFEST_FILE}: give a folder that mendlm compress wrote."
+        ) from err
+    except OSError as err:
+        raise CheckpointError(f"cannot read {str(path)!r}: {err.strerror or err}.") from err
+    except (ValueError, RecursionError) as err:
+        raise CheckpointError(f"{str(path)!r} is not valid JSON: {err}. Compress the model again.") from err
+    if not isinstance(parsed, dict) or parsed.get("format") != "mendlm":
+        raise CheckpointError(f"{str(path)!r} was not written by mendlm compress.")
+    if parsed.get("version") != 1:
+        raise CheckpointError(
+            f"{str(path)!r} has version {parsed.get('version')!r}, this mendlm reads version 1. Update mendlm."
+        )
+    try:
+        return Manifest.from_dict(parsed)
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise CheckpointError(f"{str(path)!r} is incomplete ({err!r}). Compress the model again.") from err
+
+
+def read_records(folder: str | Path) -> tuple[TensorRecord, ...]:
+    """The records of the compressed tensors of a folder that mendlm wrote; errors as `read_manifest`."""
+    return read_manifest(folder).records

@@ -1,0 +1,188 @@
+"""`SparseLowRankLinear`: a linear layer whose weight is S + B @ A, in one of several runtimes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from mendlm.errors import CheckpointError, UsageError
+from mendlm.linalg import compute_dtype
+from mendlm.names import lookup
+from mendlm.packing import check_packed, unpack_mask
+
+Runtime = Literal["merged", "factored", "packed"]
+
+# What each runtime keeps in memory, and so what it is for.
+RUNTIMES: dict[str, str] = {
+    "merged": "dense W' = S + B @ A: the speed of the original model, no sparsity left",
+    "factored": "dense S beside A and B: exact, trainable factors",
+    "packed": "S stays packed and is unpacked in every call: least memory, slowest",
+}
+
+
+def resolve_runtime(name: str) -> str:
+    """The runtime that `name` stands for; "auto" is the fastest that every device has.
+
+    Raises
+    ------
+    UsageError : unknown name.
+    """
+    if name == "auto":
+        return "merged"
+    lookup({**RUNTIMES, "auto": ""}, name, "runtime")
+    return name
+
+
+class SparseLowRankLinear(nn.Module):
+    """``y = x (S + B A)ᵀ + bias``.
+
+    A new module is in the packed runtime with uninitialised tensors, named as in the checkpoint, so that a loader can
+    fill them: `weight_values` (n_kept,), `weight_bitmask` (d_out, ceil(d_in / 8)) uint8, `lora_A` (rank, d_in),
+    `lora_B` (d_out, rank). `set_runtime` then turns it into the runtime wanted. S is frozen; A and B can be trained in the
+    factored and packed runtimes, which keeps the zeros of S.
+
+    Parameters
+    ----------
+    in_features, out_features : d_in, d_out.
+    n_kept : kept entries of S.
+    rank : of L = B @ A.
+    bias : whether there is one.
+    dtype, device : of the parameters.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        n_kept: int,
+        rank: int,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.n_kept, self.rank = in_features, out_features, n_kept, rank
+        self.runtime: str = "packed"
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device=device)
+
+        bytes_a_row = -(-in_features // 8)
+        self.weight_values = nn.Parameter(empty(n_kept), requires_grad=False)
+        self.register_buffer("weight_bitmask", torch.empty(out_features, bytes_a_row, dtype=torch.uint8, device=device))
+        self.lora_A = nn.Parameter(empty(rank, in_features))
+        self.lora_B = nn.Parameter(empty(out_features, rank))
+        self.bias = nn.Parameter(empty(out_features)) if bias else None
+
+    def check(self) -> None:
+        """Raise `CheckpointError` unless values and bitmask fit each other (packed runtime only)."""
+        check_packed(self.weight_values, self._bitmask, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, d_in) -> (…, d_out), in the dtype of `x`."""
+        if self.runtime == "merged":
+            return linear(x, self.weight, self.bias)
+        S = self.weight if self.runtime == "factored" else self._unpacked()
+        return linear(x, S, self.bias) + linear(linear(x, self.lora_A), self.lora_B)
+
+    def set_runtime(self, runtime: str) -> None:
+        """Change the runtime in place; between packed and factored without any loss.
+
+        Raises
+        ------
+        UsageError : unknown runtime, or leaving the merged one, in which S, B and A no longer exist.
+        """
+        runtime = resolve_runtime(runtime)
+        if runtime == self.runtime:
+            return
+        if self.runtime == "merged":
+            raise UsageError(f"a merged layer cannot become {runtime}: S, B and A are gone. Load the checkpoint again.")
+        with torch.no_grad():
+            if runtime == "merged":
+                self._merge()
+            elif runtime == "factored":
+                self._set_weight(self._unpacked())
+                del self.weight_values
+            else:
+                self.weight_values = nn.Parameter(self._packed_values(), requires_grad=False)
+                del self.weight
+        self.runtime = runtime
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """The four tensors of the packed layout, by their names relative to the module.
+
+        Raises
+        ------
+        UsageError : the layer is merged.
+        """
+        if self.runtime == "merged":
+            raise UsageError("a merged layer has no packed form. Load the checkpoint with another runtime to save it.")
+        return {
+            "weight_values": self._packed_values() if self.runtime == "factored" else self.weight_values,
+            "weight_bitmask": self._bitmask,
+            "lora_A": self.lora_A,
+            "lora_B": self.lora_B,
+        }
+
+    def extra_repr(self) -> str:
+        """Shape, rank and runtime for `print(model)`."""
+        kept = self.n_kept / max(self.in_features * self.out_features, 1)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, kept={kept:.3g}, rank={self.rank}, "
+            f"bias={self.bias is not None}, runtime={self.runtime}"
+        )
+
+    @property
+    def _bitmask(self) -> Tensor:
+        bitmask = self.weight_bitmask
+        if not isinstance(bitmask, Tensor):
+            raise CheckpointError("the layer has lost its bitmask.")
+        return bitmask
+
+    def _mask(self) -> Tensor:
+        return unpack_mask(self._bitmask, self.in_features)
+
+    def _unpacked(self) -> Tensor:
+        """Dense S (d_out, d_in); shapes were checked when the layer was loaded."""
+        mask = self._mask()
+        dense = torch.zeros(mask.shape, dtype=self.weight_values.dtype, device=mask.device)
+        return dense.masked_scatter_(mask, self.weight_values)
+
+    def _packed_values(self) -> Tensor:
+        return self.weight[self._mask()]
+
+    def _set_weight(self, weight: Tensor) -> None:
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def _merge(self) -> None:
+        S = self.weight if self.runtime == "factored" else self._unpacked()
+        dtype = compute_dtype(S.dtype)
+        merged = torch.addmm(S.to(dtype), self.lora_B.to(dtype), self.lora_A.to(dtype)).to(S.dtype)
+        if self.runtime == "packed":
+            del self.weight_values
+        del self.lora_A, self.lora_B, self.weight_bitmask
+        self._set_weight(merged)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """A factored layer is saved packed, whatever it looks like in memory."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.runtime == "factored":
+            del destination[prefix + "weight"]
+            values = self._packed_values()
+            destination[prefix + "weight_values"] = values if keep_vars else values.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """The inverse: a factored layer takes packed values."""
+        values = state_dict.pop(prefix + "weight_values", None) if self.runtime == "factored" else None
+        if values is not None:
+            bitmask = state_dict[prefix + "weight_bitmask"]
+            mask = unpack_mask(bitmask, self.in_features)
+            dense = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+            state_dict[prefix + "weight"] = dense.masked_scatter_(mask, values)
+        super()._load_from_state_dict(state_dict, prefix, *args)

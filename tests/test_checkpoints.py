@@ -1,0 +1,331 @@
+"""Files on disk: headers byte for byte, every way in which a file can be damaged, journal, staging."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save, save_file
+
+from mendlm.checkpoints.header import encode_header, read_header, tensor_bytes
+from mendlm.checkpoints.journal import Entry, Journal
+from mendlm.checkpoints.plan import copied, natural_key
+from mendlm.checkpoints.reader import Shard, as_bytes, inside, read_chunks, read_tensor
+from mendlm.checkpoints.staging import check_target, open_staging, partial_folder
+from mendlm.checkpoints.writer import ShardLayout, ShardWriter, copy_file, storage_errors, write_file
+from mendlm.errors import CheckpointError, StorageError, UsageError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+
+
+def open_shard(path: Path) -> Shard:
+    return Shard(path.name, path, read_header(path), path.stat().st_size, path.stat().st_mtime_ns)
+
+
+def raw_file(path: Path, header: object, data: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def entry(dtype: str, shape: list[Any], start: int, end: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+# ---------------------------------------------------------------------------------------------- headers
+
+
+def test_header_is_byte_for_byte_that_of_safetensors() -> None:
+    tensors = {
+        "b": torch.ones(3, 2),
+        "a": torch.ones(1, dtype=torch.bfloat16),
+        'ä"\\': torch.ones(2, dtype=torch.uint8),
+        "z": torch.zeros(2, dtype=torch.float64),
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(1.0),
+    }
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    listed = [(name, names[t.dtype], tuple(t.shape)) for name, t in tensors.items()]
+    header, infos = encode_header(listed, {"format": "pt"})
+    assert header == save(tensors, {"format": "pt"})[: len(header)]
+    assert infos[0].name == "z"  # the widest dtype first
+
+
+shapes = st.lists(st.integers(0, 4), max_size=3)
+files = st.dictionaries(st.text(min_size=1, max_size=6), st.tuples(st.sampled_from(sorted(DTYPES)), shapes), max_size=6)
+
+
+@given(files)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_we_write_safetensors_reads_and_back(tmp_path: Path, content: dict[str, tuple[str, list[int]]]) -> None:
+    content.pop("__metadata__", None)
+    tensors = {
+        name: torch.arange(torch.Size(shape).numel()).to(DTYPES[dtype]).reshape(shape)
+        for name, (dtype, shape) in content.items()
+    }
+    layout = ShardLayout("x.safetensors", [(n, d, tuple(s)) for n, (d, s) in content.items()], {})
+    (tmp_path / layout.name).unlink(missing_ok=True)
+    with ShardWriter(tmp_path, layout) as writer:
+        assert not writer.allocate()
+        sums = {name: writer.write(name, [as_bytes(t)] if t.numel() else []) for name, t in tensors.items()}
+        assert {name: writer.checksum([name]) for name in tensors} == sums
+        assert writer.allocate()  # all there: a second run may trust it
+    shard = open_shard(tmp_path / layout.name)
+    with safe_open(shard.path, "pt") as file:
+        assert sorted(file.keys()) == sorted(tensors)
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(file.get_tensor(name), tensor, rtol=0, atol=0)
+            info = shard.header.by_name[name]
+            assert b"".join(bytes(c) for c in read_chunks(shard, info, 3)) == (
+                bytes(as_bytes(tensor)) if tensor.numel() else b""
+            )
+            if tensor.is_floating_point():
+                torch.testing.assert_close(read_tensor(shard, info), tensor, rtol=0, atol=0)
+
+
+def test_narrow_dtypes_are_counted_in_bits() -> None:
+    assert tensor_bytes("F4", (3, 2)) == 3
+    assert tensor_bytes("F8_E4M3", (3,)) == 3
+    assert tensor_bytes("F32", ()) == 4
+
+
+def test_two_tensors_of_one_name() -> None:
+    with pytest.raises(CheckpointError, match="two tensors would be stored under the name 'a'"):
+        encode_header([("a", "U8", (1,)), ("a", "F32", (1,))], {})
+
+
+DAMAGED: list[tuple[object, bytes, str]] = [
+    (b"[1]", b"", "its header is not a JSON object"),
+    (b'{"a":', b"", "its header is not valid JSON"),
+    (b"[" * 100_000, b"", "its header is not valid JSON"),
+    (b'{"a\xff":1}', b"", "its header is not valid JSON"),
+    (b'{"a":1,"a":1}', b"", "the key 'a' occurs twice"),
+    ({"__metadata__": {"a": 1}}, b"", "__metadata__ does not map strings to strings"),
+    ({"a": {"dtype": "F32"}}, b"", "entry of 'a' does not consist of dtype, shape and data_offsets"),
+    ({"a": entry("F31", [1], 0, 4)}, bytes(4), "'a' has unknown dtype 'F31'"),
+    ({"a": entry("F32", [-1], 0, 4)}, bytes(4), r"'a' has shape \[-1\]"),
+    ({"a": entry("F32", [True], 0, 4)}, bytes(4), r"'a' has shape \[True\]"),
+    ({"a": entry("F32", [1.0], 0, 4)}, bytes(4), r"'a' has shape \[1\.0\]"),
+    ({"a": entry("F32", [1], 4, 0)}, bytes(4), r"'a' has data_offsets \[4, 0\]"),
+    ({"a": entry("F32", [2], 0, 4)}, bytes(4), r"'a' of dtype F32 and shape \[2\] needs 8 bytes"),
+    ({"a": entry("F4", [1], 0, 1)}, bytes(1), "needs 0.5 bytes"),
+    ({"a": entry("U8", [1], 0, 1), "b": entry("U8", [1], 2, 3)}, bytes(3), "'b' starts at byte 2 and leaves a hole"),
+    ({"a": entry("U8", [2], 0, 2), "b": entry("U8", [2], 1, 3)}, bytes(3), "'b' starts at byte 1 and overlaps"),
+    ({"a": entry("U8", [2], 1, 3)}, bytes(3), "'a' starts at byte 1 and leaves a hole of 1 bytes"),
+    ({"a": entry("F32", [2**62, 2**62], 0, 4)}, bytes(4), "needs .* bytes"),
+    ({"a": entry("U8", [2], 0, 2)}, bytes(5), r"it is 3 bytes longer than its header says"),
+    ({"a": entry("U8", [9], 0, 9)}, bytes(5), r"'x\.safetensors' is 4 bytes shorter than its header says"),
+]
+
+
+@pytest.mark.parametrize(("header", "data", "message"), DAMAGED)
+def test_damaged_header(tmp_path: Path, header: object, data: bytes, message: str) -> None:
+    path = raw_file(tmp_path / "x.safetensors", header, data)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_header(path)
+    assert "'x.safetensors'" in str(caught.value)
+
+
+def test_every_truncation_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(3), "b": torch.ones(2, 2)}, path)
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        message = "is empty" if size == 0 else f"only {size} bytes" if size < 8 else "bytes shorter than its header"
+        with pytest.raises(CheckpointError, match=message):
+            read_header(path)
+
+
+def test_absurd_header_length_lfs_pointer_and_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"\xff" * 16)
+    with pytest.raises(
+        CheckpointError, match="announce a header of 18446744073709551615 bytes, the limit is 100000000"
+    ):
+        read_header(path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(CheckpointError, match=r"Git LFS pointer.*git lfs pull"):
+        read_header(path)
+    with pytest.raises(CheckpointError, match=r"cannot read 'y\.safetensors': No such file"):
+        read_header(tmp_path / "y.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "a\0b"])
+def test_only_plain_names(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="is not a plain file name"):
+        inside(tmp_path, name)
+
+
+def test_links_out_of_the_folder_except_in_a_hub_cache(tmp_path: Path) -> None:
+    blob = tmp_path / "blobs" / "123"
+    folder = tmp_path / "snapshots" / "rev"
+    elsewhere = tmp_path / "elsewhere"
+    folder.mkdir(parents=True)
+    blob.parent.mkdir()
+    elsewhere.mkdir()
+    blob.write_text("x")
+    (folder / "ok").symlink_to("../../blobs/123")
+    (folder / "bad").symlink_to(elsewhere)
+    (elsewhere / "bad").symlink_to(blob)
+    assert inside(folder, "ok") == folder / "ok"
+    for place in (folder, elsewhere):
+        with pytest.raises(CheckpointError, match=r"'bad' is a link that leads out of the checkpoint's folder"):
+            inside(place, "bad")
+
+
+def test_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(8)}, path)
+    shard = open_shard(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"'x\.safetensors' became shorter while it was read"):
+        read_tensor(shard, shard.header.by_name["a"])
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"cannot read 'x\.safetensors'"):
+        list(read_chunks(shard, shard.header.by_name["a"]))
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def test_writer_refuses_another_size_than_planned(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, ShardLayout("x", [("a", "U8", (4,))], {})) as writer:
+        writer.allocate()
+        with pytest.raises(StorageError, match="'a' has more than the 4 bytes planned"):
+            writer.write("a", [memoryview(bytes(5))])
+        with pytest.raises(StorageError, match="'a' has 1 bytes fewer than the 4 planned"):
+            writer.write("a", [memoryview(bytes(3))])
+
+
+def test_storage_errors_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"cannot write .*nowhere.*: No such file or directory"):
+        write_file(tmp_path / "nowhere" / "x", b"")
+    with pytest.raises(StorageError, match=r"no space left for '/x' .*Free some space"), storage_errors(Path("/x")):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(CheckpointError, match="cannot read 'missing'"):
+        copy_file(tmp_path / "missing", tmp_path / "x")
+
+
+def test_conversion_is_planned_for_floating_tensors_only() -> None:
+    assert copied("a", "x", (2, 3), "F32", "bfloat16").layout() == [("a", "BF16", (2, 3))]
+    assert copied("a", "x", (2, 3), "I64", "bfloat16").layout() == [("a", "I64", (2, 3))]
+    assert copied("a", "x", (4,), "F8_E4M3", "float16").layout() == [("a", "F8_E4M3", (4,))]
+
+
+def test_natural_order() -> None:
+    names = ["layers.10.a", "layers.2.b", "layers.2.a", "a", "10", "9"]
+    assert sorted(names, key=natural_key) == ["9", "10", "a", "layers.2.a", "layers.2.b", "layers.10.a"]
+
+
+# ---------------------------------------------------------------------------------------------- journal, staging
+
+RUN = {"recipe": {"rank": 4, "seed": 0}, "inputs": {"config.json": {"size_bytes": 3}}, "torch_version": "2"}
+
+
+def test_journal_survives_a_cut_at_any_byte(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal.create(path, RUN)
+    for i in range(3):
+        journal.add(Entry(f"t{i}", i, {"rank": i}, 0.5))
+    journal.close()
+    whole = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        again = Journal.reopen(path)
+        n_lines = sum(end <= size for end in ends)
+        if n_lines == 0:
+            assert again is None
+            continue
+        assert again is not None
+        assert list(again.entries) == [f"t{i}" for i in range(n_lines - 1)]
+        assert again.fingerprint == RUN
+        again.add(Entry("late", 9, None, 0.0))
+        again.close()
+        final = Journal.reopen(path)
+        assert final is not None
+        assert list(final.entries) == [*again.entries, "late"]
+        final.close()
+
+
+@pytest.mark.parametrize("text", ["", "junk\n", "[1]\n", '{"format":"other","fingerprint":{}}\n'])
+def test_what_is_no_journal(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text(text)
+    assert Journal.reopen(path) is None
+
+
+def test_staging_refuses_a_second_run_and_another_run(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    first = open_staging(target, RUN, resume=False, overwrite=False)
+    for options in ({"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}):
+        with pytest.raises(StorageError, match="another run is writing to the same OUT"):
+            open_staging(target, RUN, **options)
+    first.release()
+    with pytest.raises(UsageError, match=r"a previous run into 'out' stopped half-way.*--resume.*--overwrite"):
+        open_staging(target, RUN, resume=False, overwrite=False)
+    other = {
+        **RUN,
+        "recipe": {"rank": 8, "seed": 0},
+        "inputs": {"config.json": {"size_bytes": 4}},
+        "torch_version": "3",
+    }
+    message = r"another one: input 'config\.json' changed; rank was 4, now 8; torch_version was '2', now '3'"
+    with pytest.raises(UsageError, match=message):
+        open_staging(target, other, resume=True, overwrite=False)
+    open_staging(target, RUN, resume=True, overwrite=False).discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_discard_removes_the_parents_that_were_made(tmp_path: Path) -> None:
+    staging = open_staging(tmp_path / "a" / "b" / "out", RUN, resume=False, overwrite=False)
+    assert partial_folder(tmp_path / "a" / "b" / "out").is_dir()
+    staging.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_publish_replaces_only_what_it_was_told_to(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    staging = open_staging(target, RUN, resume=False, overwrite=False)
+    target.mkdir()
+    (target / "precious").write_text("x")
+    with pytest.raises(StorageError, match=r"cannot write .*out"):
+        staging.publish()
+    assert (target / "precious").exists()
+    staging.release()
+    staging = open_staging(target, RUN, resume=False, overwrite=True)
+    (staging.files / "new").write_text("y")
+    staging.publish()
+    assert [p.name for p in target.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_check_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "models" / "m"
+    model.mkdir(parents=True)
+    (tmp_path / "file").touch()
+    link = tmp_path / "link"
+    link.symlink_to(model)
+    for out in (model, model / "out", link, link / "out"):
+        with pytest.raises(UsageError, match="is MODEL or lies inside it"):
+            check_target(out, model)
+    with pytest.raises(UsageError, match="holds MODEL"):
+        check_target(tmp_path / "models", model)
+    with pytest.raises(UsageError, match="is a file"):
+        check_target(tmp_path / "file", model)
+    (tmp_path / "work" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work" / "here")
+    with pytest.raises(UsageError, match="holds the current folder"):
+        check_target("..", model)
+    assert check_target("out", model) == tmp_path / "work" / "here" / "out"

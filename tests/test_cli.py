@@ -1,0 +1,497 @@
+"""The command line in real processes: what is printed where, exit codes, Ctrl-C and --resume."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import mendlm
+from mendlm.checkpoints.staging import has_partial
+from mendlm.cli import main
+from mendlm.cli._console import format_bytes, print_json
+from mendlm.cli._errors import Session, run
+from mendlm.cli._progress import _Lines
+from mendlm.cli.compress import Zeros, resolve_recipe
+from mendlm.config import Recipe
+from mendlm.criteria import CRITERIA
+from mendlm.errors import StorageError, UsageError
+from mendlm.patterns import NM, Unstructured
+from mendlm.refiners import REFINERS
+
+LINE = re.compile(r"\[ *\d+/\d+\] (?P<name>\S+\.weight)  \d+×\d+  n_kept \d+  rank \d+  rel_error [\d.e-]+  .*")
+N_PROJECTIONS = 14  # 2 layers of q, k, v, o, gate, up, down
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, without what changes colours, and with few threads."""
+    unwanted = {"FORCE_COLOR", "NO_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "MENDLM_TRACEBACK", "COLUMNS", "TERM"}
+    kept = {name: value for name, value in os.environ.items() if name not in unwanted}
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"} | more
+
+
+def command(*args: object) -> list[str]:
+    return [sys.executable, "-m", "mendlm", *map(str, args)]
+
+
+def mendlm_run(*args: object, **more: str) -> subprocess.CompletedProcess[str]:
+    """`mendlm ARGS` in a process of its own, stdout and stderr being pipes."""
+    return subprocess.run(
+        command(*args), capture_output=True, text=True, encoding="utf-8", env=environment(**more), timeout=120
+    )
+
+
+def in_parallel(calls: Sequence[Sequence[object]]) -> list[subprocess.CompletedProcess[str]]:
+    """Two at a time: most of the time of a call is the import of torch."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda args: mendlm_run(*args), calls))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file that has to be the same from run to run."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "mendlm.run.json"}
+
+
+def write_checkpoint(folder: Path, **tensors: torch.Tensor) -> Path:
+    """A folder with config and one safetensors file, its tensors in one LLaMA layer."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    save_file({f"model.layers.0.mlp.{n}.weight": t for n, t in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+class Journey(NamedTuple):
+    """One model through every command."""
+
+    out: Path
+    compress: subprocess.CompletedProcess[str]
+    dry_run: subprocess.CompletedProcess[str]
+    inspect: subprocess.CompletedProcess[str]
+    plain_inspect: subprocess.CompletedProcess[str]
+    spectrum: subprocess.CompletedProcess[str]
+    eval: subprocess.CompletedProcess[str]
+    plain_eval: subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def journey(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Journey:
+    folder = tmp_path_factory.mktemp("journey")
+    out, text = folder / "out", folder / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 12)
+    how = (tiny_llama, out, "--sparsity", "0.5", "--rank", "4", "--n-iter", "5", "--json")
+    compress, dry_run = in_parallel([("compress", *how), ("compress", *how, "--dry-run")])
+    windows = ("--text", text, "--seqlen", "64", "--n-windows", "2")
+    rest = in_parallel(
+        [
+            ("inspect", out, "--json"),
+            ("inspect", out),
+            ("inspect", out, "--tensor", "model.layers.0.self_attn.q_proj"),
+            ("eval", out, *windows, "--json"),
+            ("eval", out, *windows),
+        ]
+    )
+    return Journey(out, compress, dry_run, *rest)
+
+
+def test_every_command_succeeds_without_escape_codes(journey: Journey) -> None:
+    for result in journey[1:]:
+        assert isinstance(result, subprocess.CompletedProcess)
+        assert result.returncode == 0, result.stderr
+        assert "\x1b" not in result.stdout + result.stderr
+
+
+def test_compress_json_is_one_document(journey: Journey) -> None:
+    document = json.loads(journey.compress.stdout)
+    assert document["out"] == str(journey.out)
+    assert document["resumed"] == 0
+    assert len(document["records"]) == document["totals"]["n_compressed"] == N_PROJECTIONS
+    manifest = json.loads((journey.out / "mendlm.json").read_text())
+    assert document["records"] == manifest["records"]
+    assert document["totals"] == manifest["totals"]
+
+
+def test_progress_is_one_line_a_tensor(journey: Journey) -> None:
+    lines = [LINE.fullmatch(line) for line in journey.compress.stderr.splitlines()]
+    names = [match["name"] for match in lines if match]
+    assert names == [record["name"] for record in json.loads(journey.compress.stdout)["records"]]
+    assert len(names) == len(lines)
+    assert "eta" in journey.compress.stderr
+
+
+def test_dry_run_tells_the_truth(journey: Journey) -> None:
+    document = json.loads(journey.dry_run.stdout)
+    real = json.loads(journey.compress.stdout)
+    assert document["totals"] == real["totals"]
+    assert document["recipe"]["rank"] == 4
+    stored = {tensor["name"]: tensor["stored_bytes"] for tensor in document["tensors"]}
+    assert all(stored[record["name"]] == record["stored_bytes"] for record in real["records"])
+
+
+def test_inspect_json_agrees_with_the_records(journey: Journey) -> None:
+    document = json.loads(journey.inspect.stdout)
+    real = json.loads(journey.compress.stdout)
+    assert document["totals"] == real["totals"]
+    assert document["recipe"]["n_iter"] == 5
+    rows = {row["name"]: row for row in document["tensors"] if row["action"] == "compress"}
+    assert len(rows) == N_PROJECTIONS
+    shared = ("shape", "n_kept", "sparsity", "rank", "rel_error", "energy_frac", "dense_bytes", "stored_bytes")
+    for record in real["records"]:
+        assert {key: rows[record["name"]][key] for key in shared} == {key: record[key] for key in shared}
+
+
+def test_inspect_prints_an_aligned_table(journey: Journey) -> None:
+    lines = journey.plain_inspect.stdout.splitlines()
+    header, rows = lines[0], [line for line in lines if line.startswith("model.layers")]
+    assert header.split() == "tensor shape dtype n_kept sparsity rank dense stored rel_error energy".split()
+    assert len(rows) == N_PROJECTIONS + 4
+    column = header.index("dtype")
+    assert all(row[column:].startswith("float32") for row in rows)
+    assert f"{N_PROJECTIONS} of them compressed" in journey.plain_inspect.stdout
+
+
+def test_inspect_prints_a_spectrum(journey: Journey) -> None:
+    assert "model.layers.0.self_attn.q_proj.weight" in journey.spectrum.stdout
+    assert re.search(r"^sigma B @ A  +█", journey.spectrum.stdout, re.MULTILINE)
+    assert re.search(r"^64 .* 100.0 %", journey.spectrum.stdout, re.MULTILINE)
+
+
+def test_eval(journey: Journey) -> None:
+    document = json.loads(journey.eval.stdout)
+    assert (document["n_windows"], document["seqlen"], document["n_tokens"]) == (2, 64, 126)
+    # A random model knows nothing: about the vocabulary's 258.
+    assert 100 < document["ppl"] < 1000
+    assert document["protocol"]["text"] == "text.txt"
+    assert f"ppl        {document['ppl']:.4f}" in journey.plain_eval.stdout
+    assert "tokens/s" in journey.plain_eval.stdout
+    assert "2/2] ppl so far" in journey.plain_eval.stdout
+
+
+@pytest.fixture(scope="module")
+def broken(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of inputs that must be refused."""
+    root = tmp_path_factory.mktemp("broken")
+    write_checkpoint(root / "narrow", up_proj=torch.ones(8, 6))
+    write_checkpoint(root / "nan", up_proj=torch.full((8, 8), float("nan")))
+    truncated = write_checkpoint(root / "truncated", up_proj=torch.ones(8, 8)) / "model.safetensors"
+    truncated.write_bytes(truncated.read_bytes()[:-20])
+    (root / "pickled").mkdir()
+    (root / "pickled" / "config.json").write_text('{"model_type": "llama"}')
+    (root / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    (root / "filled").mkdir()
+    (root / "filled" / "notes.txt").write_text("mine")
+    (root / "recipe.yaml").write_text("criterion: magnitude\nrnak: 4\n")
+    (root / "tiny").symlink_to(tiny_llama)
+    return root
+
+
+# arguments (a folder's name in `broken` stands for it), exit code, what the sentence says
+FAILURES = {
+    "no model": ("compress @nowhere @out", 2, "nowhere' is not a folder"),
+    "out exists": ("compress @tiny @filled", 2, "exists and is not empty. Pass --overwrite"),
+    "sparsity": ("compress @tiny @out --sparsity 1.5", 2, r"sparsity must be in \[0, 1\], got 1.5"),
+    "criterion": ("compress @tiny @out --criterion magnitud", 2, "Did you mean 'magnitude'"),
+    "rank": ("compress @tiny @out --rank 1000", 2, r"rank must be in \[0, \d+\].*got 1000.*\[model.layers"),
+    "n:m": ("compress @narrow @out --pattern 2:4", 2, r"2:4 needs d_in divisible by 4.*\[model.layers"),
+    "nan": ("compress @nan @out", 1, r"holds NaN or infinity.*\[model.layers.0.mlp.up_proj.weight in model"),
+    "truncated": ("compress @truncated @out --json", 1, "'model.safetensors' is 20 bytes shorter"),
+    "pickles": ("compress @pickled @out", 2, "pickles only, e.g. 'pytorch_model.bin'"),
+    "tensor": ("inspect @tiny --tensor model.norn --json", 2, "Did you mean 'model.norm.weight'"),
+    "gguf": ("import @recipe.yaml @out --json", 2, "recipe.yaml"),
+}
+
+# the same, but refused before any heavy import: no process of its own
+WRONG_USE = {
+    "recipe": ("compress @tiny @out --recipe @recipe.yaml", 2, r"'rnak'\. Did you mean 'rank'.*\[recipe.yaml\]"),
+    "two patterns": (
+        "compress @tiny @out --sparsity 0.5 --pattern 2:4",
+        2,
+        "--sparsity 0.5 does not go with --pattern",
+    ),
+    "no text": ("eval @tiny", 2, "either --text FILE or --dataset NAME, neither was given"),
+    "option": ("inspect @tiny --tensr x", 2, r"No such option: --tensr.*Try: mendlm inspect --help"),
+    "number": ("compress @tiny @out --n-iter many", 2, "Invalid value for '--n-iter'"),
+}
+
+
+def arguments(line: str, folder: Path) -> list[str]:
+    return [re.sub("^@", f"{folder}/", word) for word in line.split()]
+
+
+@pytest.fixture(scope="module")
+def failed(broken: Path) -> dict[str, subprocess.CompletedProcess[str]]:
+    calls = [arguments(line, broken) for line, _, _ in FAILURES.values()]
+    return dict(zip(FAILURES, in_parallel(calls), strict=True))
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_failures_are_one_sentence(case: str, failed: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    _, code, sentence = FAILURES[case]
+    result = failed[case]
+    assert result.returncode == code, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert re.search(sentence, result.stderr), result.stderr
+    assert result.stdout == ""
+    assert "\x1b" not in result.stderr
+
+
+def test_failures_leave_nothing_behind(broken: Path, failed: dict[str, Any]) -> None:
+    assert not (broken / "out").exists()
+    assert not [path.name for path in broken.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in (broken / "filled").iterdir()] == ["notes.txt"]
+
+
+def test_ctrl_c_then_resume_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+    # Three tensors of about a second each: the first line comes when most of the work is still to do.
+    how = ("--include", "model.layers.0.mlp.*", "--solver", "exact", "--n-iter", "400")
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+    with subprocess.Popen(
+        command("compress", tiny_llama, out, *how),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=environment(),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        first = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        rest, said = process.communicate(timeout=60)
+    assert LINE.match(first)
+    assert process.returncode == 130, said
+    assert said == ("interrupted. Run the same command with --resume to go on from the tensors done so far.\n")
+    assert len(rest.splitlines()) < 2
+    assert not out.exists()
+    assert has_partial(out)
+    whole, resumed = in_parallel(
+        [("compress", tiny_llama, undisturbed, *how), ("compress", tiny_llama, out, *how, "--resume", "--json")]
+    )
+    assert whole.returncode == resumed.returncode == 0, whole.stderr + resumed.stderr
+    assert json.loads(resumed.stdout)["resumed"] >= 1
+    assert files_of(out) == files_of(undisturbed)
+    assert not has_partial(out)
+
+
+def test_a_bar_on_a_terminal(tiny_llama: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    more = {"TERM": "xterm-256color", "COLUMNS": "160", "LINES": "40"}
+    how = ("--include", "model.layers.0.*", "--n-iter", "2", "--rank", "2")
+    args = command("compress", tiny_llama, tmp_path / "out", *how)
+    with subprocess.Popen(args, stdout=theirs, stderr=theirs, stdin=theirs, env=environment(**more)) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO: the other end was closed
+            while chunk := os.read(ours, 4096):
+                shown += chunk
+    os.close(ours)
+    assert process.returncode == 0
+    text = shown.decode()
+    assert "\x1b[" in text
+    assert "eta" in text
+    assert "model.layers.0." in text
+    assert "7 of 20 compressed" in text
+    assert not LINE.search(text)
+
+
+def test_a_closed_pipe_is_quiet(tiny_llama: Path) -> None:
+    with subprocess.Popen(
+        command("inspect", tiny_llama), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1
+    assert said == b""
+
+
+def test_a_full_disk_under_stdout(tiny_llama: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    with full.open("w") as sink:
+        args = command("inspect", tiny_llama, "--json")
+        result = subprocess.run(args, stdout=sink, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
+    assert result.returncode == 1
+    assert result.stderr == "error: No space left on device.\n"
+
+
+# The rest needs no process of its own.
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MENDLM_TRACEBACK", raising=False)
+
+
+@pytest.mark.parametrize("case", WRONG_USE)
+def test_wrong_use_is_one_sentence(case: str, broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line, code, sentence = WRONG_USE[case]
+    assert main(arguments(line, broken)) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+    assert re.search(sentence, shown.err), shown.err
+
+
+@pytest.mark.parametrize("name", ["compress", "eval", "inspect", "import"])
+def test_help_has_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr()
+    assert "Examples" in shown.out
+    assert f"mendlm {name} " in shown.out
+    assert "--json" in shown.out
+    assert shown.err == ""
+
+
+def test_help_names_what_there_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["compress", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert ", ".join(CRITERIA) in shown
+    assert all(re.search(rf"\b{name}\b", shown) for name in REFINERS)
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert "Commands" in shown.out + shown.err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mendlm {mendlm.__version__}\n"
+
+
+def test_names_from_files_cannot_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_checkpoint(tmp_path / "evil", **{"\x1b[31m[bold red]up\nrm -rf\u202e": torch.ones(4, 4)})
+    assert main(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert r"model.layers.0.mlp.\x1b[31m[bold red]up\nrm -rf\u202e.weight" in shown
+    assert "\x1b" not in shown
+    assert main(["inspect", str(tmp_path / "no\x1b[2Jwhere")]) == 2
+    said = capsys.readouterr().err
+    assert "\x1b" not in said
+    assert r"no\x1b[2Jwhere" in said
+
+
+class Failing:
+    """A command that ends in a given exception."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def main(self, **_: Any) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (UsageError("rank is -1."), 2, "error: rank is -1.\n"),
+        (StorageError("disk full."), 1, "error: disk full.\n"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/o/x"), 1, "error: No space left on device: '/o/x'.\n"),
+        (KeyboardInterrupt(), 130, "interrupted. Pass --resume.\n"),
+        (
+            RuntimeError("boom\nline two"),
+            1,
+            "error: RuntimeError: boom. This is a bug in mendlm or a library; MENDLM_TRACEBACK=1 shows where.\n",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_every_exception_ends_in_a_sentence(
+    error: BaseException, code: int, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(Failing(error), [], Session(interrupt_hint="Pass --resume.")) == code
+    assert capsys.readouterr().err == sentence
+
+
+def test_traceback_by_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MENDLM_TRACEBACK", "1")
+    assert run(Failing(RuntimeError("boom")), [], Session()) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback")
+    assert said.endswith("error: RuntimeError: boom.\n")
+
+
+def test_traceback_by_flag(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for args in (["inspect", "--traceback", str(tmp_path)], ["--traceback", "inspect", str(tmp_path)]):
+        assert main(args) == 2
+        assert capsys.readouterr().err.startswith("Traceback")
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_lines_in_a_pipe_tell_the_time_left() -> None:
+    """An earlier run's share says nothing about the speed of this one."""
+    stream, times = io.StringIO(), iter([100.0, 102.0, 104.0])
+    view = _Lines(stream, clock=lambda: next(times))
+    view.started("a", 50, 100)
+    view.advanced(60, 100, "a")
+    view.started("b\x1b", 60, 100)
+    view.advanced(100, 100, "b\x1b")
+    assert stream.getvalue().splitlines() == ["a  eta 8.0 s", r"b\x1b"]
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "shown"), [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (999_499, "999 kB"), (999_500, "1.00 MB")]
+)
+def test_bytes_for_people(n_bytes: int, shown: str) -> None:
+    assert format_bytes(n_bytes) == shown
+
+
+def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"ppl": float("inf"), "rows": [{"x": float("nan")}, 1.5]})
+    assert json.loads(capsys.readouterr().out) == {"ppl": None, "rows": [{"x": None}, 1.5]}
+
+
+def test_flags_override_the_recipe_file(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("pattern: {sparsity: 0.7, scope: row}\nrank: 8\nn_iter: 9\nseed: 3\ninclude: '*up_proj*'\n")
+    plain = resolve_recipe(file, {"rank": None}, Zeros())
+    assert plain == Recipe.from_file(file)
+    assert resolve_recipe(file, {"rank": "10%", "seed": 0}, Zeros()) == plain.model_copy(
+        update={"rank": "10%", "seed": 0}
+    )
+    assert resolve_recipe(file, {}, Zeros(sparsity=0.6)).pattern == Unstructured(0.6, "row")
+    assert resolve_recipe(file, {}, Zeros(scope="tensor")).pattern == Unstructured(0.7, "tensor")
+    assert resolve_recipe(file, {}, Zeros(pattern="2:4")).pattern == NM(2, 4)
+    assert resolve_recipe(None, {}, Zeros()) == Recipe()
+
+
+def test_another_refiner_leaves_the_old_ones_settings(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("refiner: tlr\nrank: 8\nn_iter: 9\nsolver: exact\n")
+    same = resolve_recipe(file, {"refiner": "tlr"}, Zeros())
+    assert (same.n_iter, same.solver, same.rank) == (9, "exact", 8)
+    other = resolve_recipe(file, {"refiner": "zero-shot-svd"}, Zeros())
+    assert (other.n_iter, other.solver, other.rank) == (None, None, 8)
+    assert resolve_recipe(file, {"refiner": "none"}, Zeros()).refiner_for(8, 8).rank == 0
+
+
+def test_flags_that_exclude_each_other(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("pattern: '2:4'\n")
+    with pytest.raises(UsageError, match=r"--scope row does not go with the recipe's n:m pattern\. Give --sparsity"):
+        resolve_recipe(file, {}, Zeros(scope="row"))
+    assert resolve_recipe(file, {}, Zeros(sparsity=0.25, scope="row")).pattern == Unstructured(0.25, "row")
+    with pytest.raises(UsageError, match="--scope row does not go with --pattern 2:4"):
+        resolve_recipe(None, {}, Zeros(scope="row", pattern="2:4"))

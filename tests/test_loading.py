@@ -1,0 +1,234 @@
+"""Compressed folders in transformers: logits, generation, saving, refusal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mendlm
+from mendlm import AcceleratedTLR, Recipe, Unstructured, refine, select_mask
+from mendlm.errors import CheckpointError, MendError, UsageError
+from mendlm.execution.serial import tensor_generator
+from mendlm.runtime import RUNTIMES, SparseLowRankLinear
+
+EPS32 = torch.finfo(torch.float32).eps
+RECIPE = {"pattern": Unstructured(0.5), "refiner": AcceleratedTLR(rank=4, n_iter=10)}
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("loading") / "packed"
+    mendlm.compress(tiny_llama, out, Recipe(**RECIPE))
+    return out
+
+
+@pytest.fixture
+def copy(packed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(packed, tmp_path / "copy"))
+
+
+def dense_twin(source: Path) -> torch.nn.Module:
+    """The same compression by plain torch: a dense model whose projections hold S + B A."""
+    model = mendlm.load(source, dtype=torch.float32)
+    for name, W in model.named_parameters():
+        if name.endswith("_proj.weight"):
+            mask = select_mask(W.data, "magnitude", RECIPE["pattern"])
+            out = refine(W.data, mask, RECIPE["refiner"], generator=tensor_generator(0, name))
+            W.data.copy_(out.decomposition.to_dense())
+    return model
+
+
+IDS = torch.arange(60)[None] * 4 % 256
+
+
+@torch.inference_mode()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(IDS.to(next(model.parameters()).device)).logits.float()
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_logits_equal_those_of_a_dense_model(tiny_llama: Path, packed: Path, runtime: str) -> None:
+    model = mendlm.load(packed, runtime=runtime)
+    layers = [m for m in model.modules() if isinstance(m, SparseLowRankLinear)]
+    assert len(layers) == 14
+    assert {layer.runtime for layer in layers} == {runtime}
+    assert not model.training
+    expected = logits(dense_twin(tiny_llama))
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=256 * EPS32 * float(expected.abs().max()))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight  # tied as before
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_generation_works_in_every_runtime(tiny_llama: Path, packed: Path, runtime: str) -> None:
+    prompt = torch.tensor([[256, 72, 101, 108]])
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 257}
+    mask = torch.ones_like(prompt)
+    expected = dense_twin(tiny_llama).generate(prompt, attention_mask=mask, **options)
+    assert torch.equal(mendlm.load(packed, runtime=runtime).generate(prompt, attention_mask=mask, **options), expected)
+
+
+def test_auto_model_loads_after_the_import(packed: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    assert torch.equal(logits(model), logits(mendlm.load(packed)))
+
+
+@pytest.mark.parametrize("runtime", ["factored", "packed"])
+def test_saving_writes_the_same_packed_tensors(packed: Path, tmp_path: Path, runtime: str) -> None:
+    model = mendlm.load(packed, runtime=runtime)
+    model.save_pretrained(tmp_path)
+    before, after = load_file(packed / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (packed, tmp_path)]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    assert torch.equal(logits(mendlm.load(tmp_path)), logits(mendlm.load(packed)))
+
+
+def test_a_merged_model_is_saved_dense(packed: Path, tmp_path: Path) -> None:
+    model = mendlm.load(packed, runtime="merged")
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert run_python(OPEN_PLAIN, tmp_path).returncode == 0  # no mendlm needed
+    assert torch.equal(logits(mendlm.load(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_another_dtype_in_memory(packed: Path, dtype: torch.dtype) -> None:
+    model = mendlm.load(packed, runtime="packed", dtype=dtype)
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert layer.weight_values.dtype == layer.lora_A.dtype == dtype
+    assert layer.weight_bitmask.dtype == torch.uint8
+    expected = logits(mendlm.load(packed))
+    bound = 64 * max(torch.finfo(dtype).eps, EPS32) * float(expected.abs().max())
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("kind", [{"dtype": torch.bfloat16}, {"tied": False}, {"max_shard_size": "40KB"}], ids=str)
+def test_other_checkpoints(make_tiny_llama: Callable[..., Path], tmp_path: Path, kind: dict[str, object]) -> None:
+    source = make_tiny_llama(**kind)
+    mendlm.compress(source, tmp_path / "out", Recipe(**RECIPE))
+    seen = [logits(mendlm.load(tmp_path / "out", runtime=r, dtype=torch.float32)) for r in RUNTIMES]
+    for other in seen[1:]:
+        torch.testing.assert_close(other, seen[0], rtol=0, atol=256 * EPS32 * float(seen[0].abs().max()))
+
+
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+
+
+OPEN_PLAIN = """
+import sys
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert "mendlm" not in sys.modules
+print("opened")
+"""
+OPEN_WITH = """
+import sys
+{imports}
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print("opened", type(model.model.layers[0].mlp.up_proj).__name__)
+"""
+
+
+def test_without_mendlm_it_fails_loudly(packed: Path, tmp_path: Path) -> None:
+    mendlm.load(packed, runtime="packed").save_pretrained(tmp_path)
+    for folder in (packed, tmp_path):
+        run = run_python(OPEN_PLAIN, folder)
+        assert run.returncode != 0
+        assert "opened" not in run.stdout
+        assert "RuntimeError" in run.stderr
+        assert "size mismatch" in run.stderr
+        assert "mendlm" in run.stderr  # transformers names the method it does not know
+
+
+@pytest.mark.parametrize("imports", ["import mendlm", "import transformers\nimport mendlm", "import mendlm.errors"])
+def test_any_order_of_imports_works(packed: Path, imports: str) -> None:
+    run = run_python(OPEN_WITH.format(imports=imports), packed)
+    assert run.stdout.strip() == "opened SparseLowRankLinear", run.stderr
+
+
+def test_importing_mendlm_imports_no_transformers() -> None:
+    code = (
+        "import mendlm, sys; heavy = {'transformers', 'pydantic', 'typer', 'pyarrow'} & set(sys.modules); print(heavy)"
+    )
+    assert run_python(code).stdout.strip() == "set()"
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"].update(changes)
+    path.write_text(json.dumps(config))
+
+
+def test_another_version_is_refused(copy: Path) -> None:
+    edit_config(copy, version=2)
+    with pytest.raises(CheckpointError, match="version 2; this mendlm reads 'packed', version 1"):
+        mendlm.load(copy)
+
+
+def test_a_missing_tensor_is_refused(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.lora_B"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"no tensor 'model\.layers\.1\.mlp\.up_proj\.lora_B'"):
+        mendlm.load(copy)
+
+
+def test_a_damaged_bitmask_is_refused(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight_bitmask"][3, 3] ^= 2
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"entries as kept .* \[model\.layers\.1\.mlp\.up_proj\]"):
+        mendlm.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"n_kept": 5, "rank": 4}, r"weight_values' has shape \(3072,\), config.json and the model need \(5,\)"),
+        ({"n_kept": 3072, "rank": 9}, r"lora_A' has shape \(4, 64\), config.json and the model need \(9, 64\)"),
+        ({"rank": 4}, "n_kept and rank >= 0 are needed"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(copy: Path, facts: dict[str, int], message: str) -> None:
+    modules = json.loads((copy / "config.json").read_text())["quantization_config"]["modules"]
+    edit_config(copy, modules=modules | {"model.layers.0.mlp.up_proj": facts})
+    with pytest.raises(CheckpointError, match=message):
+        mendlm.load(copy)
+
+
+def test_a_module_that_does_not_exist_is_refused(copy: Path) -> None:
+    edit_config(copy, modules={"model.layers.0.mlp.experts.0.w1": {"n_kept": 1, "rank": 1}})
+    with pytest.raises(CheckpointError, match="no such module"):
+        mendlm.load(copy)
+
+
+def test_wrong_use_is_refused(tiny_llama: Path, packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no folder"):
+        mendlm.load(tmp_path / "nothing")
+    with pytest.raises(UsageError, match=r"holds no config\.json"):
+        mendlm.load(tmp_path)
+    with pytest.raises(UsageError, match="is not compressed by mendlm"):
+        mendlm.load(tiny_llama, runtime="packed")
+    with pytest.raises(UsageError, match=r"unknown runtime 'fast'"):
+        mendlm.load(packed, runtime="fast")
+
+
+def test_an_unreadable_dense_folder_is_one_sentence(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "broken"))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(MendError, match=r"transformers cannot open .* no file named model\.safetensors"):
+        mendlm.load(folder)
