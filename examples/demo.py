@@ -59,7 +59,9 @@ def main() -> None:
         folders[label] = (out, result.seconds)
 
     console.print(f"[bold]3. Evaluate[/] on {options.n_windows} windows of 2048 tokens of {text.name}")
-    table = Table("model", "perplexity", "bytes", "of dense", "seconds to make", title="SmolLM2-135M-Instruct, bfloat16")
+    table = Table(
+        "model", "perplexity", "bytes", "of dense", "seconds to make", title="SmolLM2-135M-Instruct, bfloat16"
+    )
     dense_bytes = weight_bytes(dense)
     for label, (folder, seconds) in folders.items():
         ppl = measure(folder, text, options.n_windows, label).ppl

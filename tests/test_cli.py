@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 import mendlm
 from mendlm.checkpoints.staging import has_partial
 from mendlm.cli import main
+from mendlm.cli._app import build_command
 from mendlm.cli._console import format_bytes, print_json
 from mendlm.cli._errors import Session, run
 from mendlm.cli._progress import _Lines
@@ -223,6 +224,7 @@ WRONG_USE = {
         "--sparsity 0.5 does not go with --pattern",
     ),
     "no text": ("eval @tiny", 2, "either --text FILE or --dataset NAME, neither was given"),
+    "device": ("eval @tiny --text @recipe.yaml --device tpu", 2, "unknown device 'tpu'"),
     "option": ("inspect @tiny --tensr x", 2, r"No such option: --tensr.*Try: mendlm inspect --help"),
     "number": ("compress @tiny @out --n-iter many", 2, "Invalid value for '--n-iter'"),
 }
@@ -380,6 +382,26 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"mendlm {mendlm.__version__}\n"
 
 
+def test_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf")
+    from test_gguf import make_model, write_gguf
+
+    file, dest = write_gguf(tmp_path / "tiny.gguf", make_model("llama"), "llama"), tmp_path / "dest"
+    assert main(["import", str(file), str(dest), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["path"] == str(dest)
+    assert document["max_abs_difference"] == 0.0
+    assert document["n_tensors"] == 2 * 9 + 2  # seven projections and two norms a layer, embedding and last norm
+    assert main(["import", str(file), str(dest)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["import", str(file), str(dest), "--overwrite", "--dtype", "bfloat16"]) == 0
+    shown = capsys.readouterr().out
+    assert "every tensor equals the file's" in shown
+    assert "storing in bfloat16" in shown
+    assert main(["inspect", str(dest), "--json"]) == 0
+    assert {row["dtype"] for row in json.loads(capsys.readouterr().out)["tensors"]} == {"bfloat16"}
+
+
 def test_names_from_files_cannot_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_checkpoint(tmp_path / "evil", **{"\x1b[31m[bold red]up\nrm -rf\u202e": torch.ones(4, 4)})
     assert main(["inspect", str(folder)]) == 0
@@ -495,3 +517,15 @@ def test_flags_that_exclude_each_other(tmp_path: Path) -> None:
     assert resolve_recipe(file, {}, Zeros(sparsity=0.25, scope="row")).pattern == Unstructured(0.25, "row")
     with pytest.raises(UsageError, match="--scope row does not go with --pattern 2:4"):
         resolve_recipe(None, {}, Zeros(scope="row", pattern="2:4"))
+
+
+def test_every_flag_is_documented() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    shared, *sections = re.split(r"^## (?=compress|eval|inspect|import)", text, flags=re.MULTILINE)
+    pages = {section.split("\n")[0]: section for section in sections}
+    for name, parsed in build_command().commands.items():
+        flags = {flag for parameter in parsed.params for flag in parameter.opts if flag.startswith("--")}
+        missing = {flag for flag in flags if f"`{flag}" not in pages[name] and f"`{flag}" not in shared}
+        assert not missing - {"--help"}, name
+        documented = set(re.findall(r"^\| `(--[a-z-]+)", pages[name], re.MULTILINE))
+        assert documented <= flags, name

@@ -578,7 +578,7 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     shape, peaks, sizes = (768, 512), [], []
     names = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
     generator = torch.Generator().manual_seed(0)
-    for n_blocks in (4, 16):
+    for n_blocks in (3, 10):
         model = tmp_path / f"model-{n_blocks}"
         model.mkdir()
         (model / "config.json").write_text('{"model_type": "llama"}')
@@ -595,7 +595,7 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         peaks.append(int(subprocess.run(run, capture_output=True, check=True, text=True).stdout))
     tensor_bytes = 4 * shape[0] * shape[1]
     # The allocator alone makes equal runs differ by several MB.
-    assert sizes[1] - sizes[0] > 128 * 2**20
+    assert sizes[1] - sizes[0] > 90 * 2**20
     assert peaks[1] - peaks[0] < tensor_bytes + 10 * 2**20
 
 

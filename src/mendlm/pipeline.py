@@ -153,15 +153,21 @@ def compress(
     target = check_target(out, checkpoint.folder)
     if resume and is_filled(target) and not has_partial(target):
         manifest = _finished_run(target, checkpoint, recipe)
-        return CompressionResult(
-            target, manifest.records, manifest.totals, time.monotonic() - started, len(manifest.records)
-        )
+        seconds = time.monotonic() - started
+        return CompressionResult(target, manifest.records, manifest.totals, seconds, len(manifest.records))
     layouts = {shard.name: shard_layout(shard, planned.tensors, planned.guard) for shard in checkpoint.shards}
     staging = open_staging(target, _fingerprint(checkpoint, recipe, where), resume=resume, overwrite=overwrite)
     run = SerialRun(planned, checkpoint.shards, layouts, staging, where, on_event)
+    records = _carry_out(checkpoint, run, started)
+    return CompressionResult(target, records, planned.totals, time.monotonic() - started, run.n_resumed)
+
+
+def _carry_out(checkpoint: Checkpoint, run: SerialRun, started: float) -> tuple[TensorRecord, ...]:
+    """Do the work and turn the staging folder into OUT, or leave behind what may be left."""
+    staging = run.staging
     try:
         side_bytes = sum((checkpoint.folder / name).stat().st_size for name in side_files(checkpoint))
-        check_space(staging, side_bytes + sum(layout.size_bytes for layout in layouts.values()) + _SLACK_BYTES)
+        check_space(staging, side_bytes + sum(layout.size_bytes for layout in run.layouts.values()) + _SLACK_BYTES)
         run.allocate()
         run.execute()
         records = run.records()
@@ -174,7 +180,7 @@ def compress(
     except BaseException:
         staging.release()
         raise
-    return CompressionResult(target, records, planned.totals, time.monotonic() - started, run.n_resumed)
+    return records
 
 
 def _recipe_or_default(recipe: Recipe | None) -> Recipe:

@@ -41,8 +41,8 @@ class SparseLowRankLinear(nn.Module):
 
     A new module is in the packed runtime with uninitialised tensors, named as in the checkpoint, so that a loader can
     fill them: `weight_values` (n_kept,), `weight_bitmask` (d_out, ceil(d_in / 8)) uint8, `lora_A` (rank, d_in),
-    `lora_B` (d_out, rank). `set_runtime` then turns it into the runtime wanted. S is frozen; A and B can be trained in the
-    factored and packed runtimes, which keeps the zeros of S.
+    `lora_B` (d_out, rank). `set_runtime` then turns it into the runtime wanted. S is frozen; A and B can be trained in
+    the factored and packed runtimes, which keeps the zeros of S.
 
     Parameters
     ----------

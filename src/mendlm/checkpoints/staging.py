@@ -136,8 +136,8 @@ def open_staging(target: Path, fingerprint: Mapping[str, Any], *, resume: bool, 
     StorageError : another run is at work there, or the folder cannot be made.
     """
     root = partial_folder(target)
-    if not overwrite and not root.exists():
-        _check_free(target)
+    if not overwrite and not root.exists() and is_filled(target):
+        raise _not_empty(target)
     made = _make_parents(root)
     lock = -1
     try:
@@ -174,13 +174,10 @@ def _continue(
         )
     journal = Journal.reopen(root / "journal.jsonl") if unfinished else None
     replaces = journal is not None and journal.fingerprint.get(_REPLACES, False)
-    if not replaces:
-        try:
-            _check_free(target)
-        except UsageError:
-            if journal is not None:
-                journal.close()
-            raise
+    if is_filled(target) and not replaces:
+        if journal is not None:
+            journal.close()
+        raise _not_empty(target)
     if journal is None:
         return None
     old = {key: value for key, value in journal.fingerprint.items() if key != _REPLACES}
@@ -193,9 +190,8 @@ def _continue(
     return journal
 
 
-def _check_free(target: Path) -> None:
-    if is_filled(target):
-        raise UsageError(f"OUT {str(target)!r} exists and is not empty. Pass --overwrite, or choose another folder.")
+def _not_empty(target: Path) -> UsageError:
+    return UsageError(f"OUT {str(target)!r} exists and is not empty. Pass --overwrite, or choose another folder.")
 
 
 def remove_leftovers(target: Path) -> None:

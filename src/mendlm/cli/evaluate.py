@@ -70,8 +70,10 @@ def evaluate(
         given = "both were given" if text is not None else "neither was given"
         raise UsageError(f"eval needs either --text FILE or --dataset NAME, {given}. Try --dataset wikitext2.")
     with json_only(as_json) as stream:
+        from mendlm.devices import resolve_device
         from mendlm.evaluation.perplexity import evaluate as run_evaluate
 
+        where = None if device is None else resolve_device(device)
         with progress_view(stream, "eval") as view:
 
             def on_window(done: int, total: int, ppl: float) -> None:
@@ -83,7 +85,7 @@ def evaluate(
                 dataset=dataset,
                 seqlen=seqlen,
                 n_windows=n_windows,
-                device=device,
+                device=where,
                 dtype=dtype,
                 runtime=runtime,
                 progress=on_window,

@@ -176,7 +176,7 @@ def _svdvals(name: str, M: Tensor) -> Tensor:
 
 def _read_floating(name: str, part: Part) -> Tensor:
     if part.info.dtype not in FLOATING:
-        raise UsageError(f"{name!r} has dtype {part.info.dtype}: only F64, F32, F16 and BF16 matrices have a spectrum here.")
+        raise UsageError(f"{name!r} has dtype {part.info.dtype}: a spectrum needs F64, F32, F16 or BF16.")
     return read_tensor(part.shard, part.info)
 
 
