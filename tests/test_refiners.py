@@ -176,6 +176,15 @@ def test_zero_shot_svd_is_the_truncated_svd_of_what_was_pruned() -> None:
     np.testing.assert_allclose((out.B @ out.A).numpy(), expected, atol=1e-12 * np.abs(expected).max() * 20)
 
 
+def test_the_published_zero_shot_baseline_leaves_the_kept_entries() -> None:
+    W = planted(20, 28)
+    mask = select_mask(W, "magnitude", Unstructured(0.5))
+    out, refitted = (refine(W, mask, ZeroShotSVD(rank=5, refit=refit)) for refit in (False, True))
+    assert torch.equal(out.S, W * mask)
+    assert torch.equal(out.B @ out.A, refitted.B @ refitted.A)
+    assert refitted.rel_error < out.rel_error
+
+
 @pytest.mark.parametrize("refiner", [TLR(6, 20, "exact"), TLR(6, 20, "subspace"), AcceleratedTLR(6, 20)], ids=repr)
 def test_input_scale_is_the_metric(refiner: AbstractRefiner) -> None:
     W = planted(48, 48)

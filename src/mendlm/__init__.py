@@ -4,42 +4,53 @@ from typing import TYPE_CHECKING, Any
 
 from mendlm._import_hook import install as _install
 from mendlm._lazy import resolve as _resolve
-from mendlm.decomposition import SparseLowRank as SparseLowRank
 from mendlm.errors import MendError as MendError
-from mendlm.masks import select_mask as select_mask
-from mendlm.patterns import NM as NM
-from mendlm.patterns import Unstructured as Unstructured
-from mendlm.refiners import TLR as TLR
-from mendlm.refiners import AcceleratedTLR as AcceleratedTLR
-from mendlm.refiners import PruneOnly as PruneOnly
-from mendlm.refiners import Refinement as Refinement
-from mendlm.refiners import ZeroShotSVD as ZeroShotSVD
-from mendlm.refiners import refine as refine
 
 __version__ = "0.1.0"
 
 _install()
 
-# Names whose modules import more than torch, numpy and safetensors: loaded on first use (PEP 562).
+# Public name -> module, imported on first use (PEP 562): torch takes a second to import, transformers several.
 _LAZY = {
-    "Recipe": "mendlm.config",
-    "compress": "mendlm.pipeline",
+    "AcceleratedTLR": "mendlm.refiners",
     "CompressionResult": "mendlm.pipeline",
-    "load": "mendlm.loading",
-    "SparseLowRankLinear": "mendlm.runtime",
-    "perplexity": "mendlm.evaluation.perplexity",
+    "NM": "mendlm.patterns",
     "PerplexityResult": "mendlm.evaluation.perplexity",
+    "PruneOnly": "mendlm.refiners",
+    "Recipe": "mendlm.config",
+    "Refinement": "mendlm.refiners",
+    "SparseLowRank": "mendlm.decomposition",
+    "SparseLowRankLinear": "mendlm.runtime",
+    "TLR": "mendlm.refiners",
+    "Unstructured": "mendlm.patterns",
+    "ZeroShotSVD": "mendlm.refiners",
+    "compress": "mendlm.pipeline",
     "import_gguf": "mendlm.gguf",
+    "load": "mendlm.loading",
+    "perplexity": "mendlm.evaluation.perplexity",
+    "refine": "mendlm.refiners",
+    "select_mask": "mendlm.masks",
 }
+__all__ = ["MendError", *_LAZY]
 
 if TYPE_CHECKING:
     from mendlm.config import Recipe as Recipe
+    from mendlm.decomposition import SparseLowRank as SparseLowRank
     from mendlm.evaluation.perplexity import PerplexityResult as PerplexityResult
     from mendlm.evaluation.perplexity import perplexity as perplexity
     from mendlm.gguf import import_gguf as import_gguf
     from mendlm.loading import load as load
+    from mendlm.masks import select_mask as select_mask
+    from mendlm.patterns import NM as NM
+    from mendlm.patterns import Unstructured as Unstructured
     from mendlm.pipeline import CompressionResult as CompressionResult
     from mendlm.pipeline import compress as compress
+    from mendlm.refiners import TLR as TLR
+    from mendlm.refiners import AcceleratedTLR as AcceleratedTLR
+    from mendlm.refiners import PruneOnly as PruneOnly
+    from mendlm.refiners import Refinement as Refinement
+    from mendlm.refiners import ZeroShotSVD as ZeroShotSVD
+    from mendlm.refiners import refine as refine
     from mendlm.runtime import SparseLowRankLinear as SparseLowRankLinear
 
 

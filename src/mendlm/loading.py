@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mendlm.checkpoints.reader import read_json_object
+from mendlm.devices import resolve_device
 from mendlm.errors import CheckpointError, MendError, UsageError
 from mendlm.runtime import resolve_runtime
 
@@ -35,7 +36,8 @@ def load(
 
     Raises
     ------
-    UsageError : no such folder, no config.json, an unknown runtime, or a runtime for a dense folder.
+    UsageError : no such folder, no config.json, an unknown runtime or device, or a runtime for a dense
+        folder.
     CheckpointError : the folder is damaged: a tensor is missing, has another shape, or its bitmask is inconsistent.
     """
     folder = Path(path)
@@ -46,10 +48,11 @@ def load(
     quantization = read_json_object(folder / "config.json").get("quantization_config")
     compressed = isinstance(quantization, dict) and quantization.get("quant_method") == "mendlm"
     resolve_runtime(runtime)
+    where = None if device is None else resolve_device(str(device))
     if not compressed and runtime != "auto":
         raise UsageError(f"{str(path)!r} is not compressed by mendlm, so there is no runtime {runtime!r} to choose.")
     model = _from_pretrained(folder, runtime if compressed else None, dtype)
-    return model.to(device) if device is not None else model
+    return model if where is None else model.to(where)
 
 
 def _from_pretrained(folder: Path, runtime: str | None, dtype: torch.dtype | None) -> Any:

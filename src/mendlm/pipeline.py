@@ -36,6 +36,7 @@ from mendlm.checkpoints.staging import (
     remove_leftovers,
 )
 from mendlm.checkpoints.writer import copy_file, write_file
+from mendlm.devices import resolve_device
 from mendlm.errors import CheckpointError, MendError, StorageError, UsageError
 from mendlm.execution.serial import Event as Event
 from mendlm.execution.serial import SerialRun
@@ -143,7 +144,7 @@ def compress(
     """
     started = time.monotonic()
     recipe = _recipe_or_default(recipe)
-    where = _resolve_device(device)
+    where = resolve_device(device)
     if executor != "local":
         raise UsageError(f"unknown executor {executor!r}. Available: local.")
     if overwrite and resume:
@@ -205,23 +206,6 @@ def _open(model: str | Path) -> Checkpoint:
         f"{str(model)!r} is not a folder. For a model of the hub, download it first, e.g. with "
         f"'hf download {model} --local-dir FOLDER', and give that folder."
     )
-
-
-def _resolve_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as err:
-        raise UsageError(f"unknown device {name!r}. Use 'cpu', 'cuda' or 'cuda:N'.") from err
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device {name!r} is not supported. Use 'cpu', 'cuda' or 'cuda:N'.")
-    if device.type == "cuda":
-        n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= n_devices:
-            raise UsageError(
-                f"device {name!r} is not available: torch {torch.__version__} finds {n_devices} CUDA devices. "
-                "Use 'cpu', or install a CUDA build of torch."
-            )
-    return device
 
 
 def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> dict[str, Any]:

@@ -61,8 +61,10 @@ class Checkpoint:
         return value if isinstance(value, str) else None
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, allow_packed: bool = False) -> Checkpoint:
     """Read config, index and the header of every shard of a dense checkpoint.
+
+    With `allow_packed` one that mendlm compressed is opened as well: its files are named as those of a dense one.
 
     Raises
     ------
@@ -71,7 +73,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     weights = _find_weights(folder)
     config = read_json_object(inside(folder, CONFIG_FILE))
-    _refuse_quantized(folder, config)
+    _refuse_quantized(folder, config, allow_packed)
     if weights == SINGLE_FILE:
         return Checkpoint(folder, config, (_open_shard(folder, SINGLE_FILE),), None)
     index = read_json_object(inside(folder, INDEX_FILE))
@@ -203,12 +205,14 @@ def _find_weights(folder: Path) -> str:
     )
 
 
-def _refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+def _refuse_quantized(folder: Path, config: Mapping[str, Any], allow_packed: bool) -> None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method == "mendlm":
+        if allow_packed:
+            return
         raise UsageError(f"{str(folder)!r} was already compressed by mendlm. Compress the dense model instead.")
     raise UsageError(
         f"{str(folder)!r} is quantized (quant_method {method!r}), and mendlm compresses floating weights. "

@@ -7,16 +7,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mendlm.checkpoints.header import TensorInfo, read_header
-from mendlm.checkpoints.reader import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    SINGLE_FILE,
-    Shard,
-    inside,
-    open_checkpoint,
-    read_json_object,
-)
+from mendlm.checkpoints.header import TensorInfo
+from mendlm.checkpoints.reader import Shard, open_checkpoint
 from mendlm.checkpoints.staging import has_partial
 from mendlm.errors import CheckpointError, UsageError
 
@@ -76,40 +68,23 @@ def open_folder(path: Path) -> Folder:
             f"{str(path)!r} is an unfinished run. Finish it first: mendlm compress with the arguments it was started "
             "with, and --resume."
         )
-    config = read_json_object(inside(path, CONFIG_FILE)) if (path / CONFIG_FILE).is_file() else {}
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "mendlm":
-        checkpoint = open_checkpoint(path)
-        return Folder("dense", checkpoint.config, {}, _by_name(checkpoint.shards))
+    checkpoint = open_checkpoint(path, allow_packed=True)
+    parts = _by_name(checkpoint.shards)
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization is None:
+        return Folder("dense", checkpoint.config, {}, parts)
     if quantization.get("layout") != "packed":
         raise UsageError(f"{str(path)!r} has layout {quantization.get('layout')!r}, this mendlm knows 'packed'.")
-    parts = _by_name(_packed_shards(path))
     stems = sorted(name.removesuffix(_PARTS[0]) for name in parts if name.endswith(f".{_PARTS[0]}"))
     packed = {f"{stem}weight": _gather(stem, parts) for stem in stems}
     # An empty tensor of the weight's own name may stand beside its parts: the guard against loading without mendlm.
     owned = {f"{stem}{part}" for stem in stems for part in (*_PARTS, "weight")}
-    return Folder("packed", config, packed, {name: part for name, part in parts.items() if name not in owned})
+    copied = {name: part for name, part in parts.items() if name not in owned}
+    return Folder("packed", checkpoint.config, packed, copied)
 
 
 def _by_name(shards: Iterable[Shard]) -> dict[str, Part]:
     return {info.name: Part(shard, info) for shard in shards for info in shard.header.tensors}
-
-
-def _packed_shards(path: Path) -> list[Shard]:
-    """`open_checkpoint` refuses compressed folders; their files are named as those of dense ones."""
-    names = [SINGLE_FILE]
-    if not (path / SINGLE_FILE).is_file():
-        weight_map = read_json_object(inside(path, INDEX_FILE)).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{INDEX_FILE!r} has no weight_map from tensor names to file names. Fetch it again.")
-        names = sorted(set(weight_map.values()))
-    shards = []
-    for name in names:
-        file = inside(path, name)
-        header = read_header(file)
-        stat = file.stat()
-        shards.append(Shard(name, file, header, stat.st_size, stat.st_mtime_ns))
-    return shards
 
 
 def _gather(stem: str, parts: Mapping[str, Part]) -> Packed:

@@ -66,6 +66,11 @@ class AbstractRefiner(ABC):
     def step(self, problem: Problem, state: Any, t: int) -> tuple[Any, Progress]:
         """State and progress after step `t` (from 0). May reuse the memory of `state`."""
 
+    @property
+    def refits_S(self) -> bool:
+        """Whether S is fitted to L on the mask, ``mask * (W - L)``, or stays ``mask * W``."""
+        return True
+
     def converged(self, state: Any) -> bool:
         """Whether another step would change nothing worth its time."""
         return False

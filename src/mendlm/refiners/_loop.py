@@ -74,8 +74,8 @@ def refine(
 
     Returns
     -------
-    Refinement. B and A are rounded to the storage dtype first and S is fitted to them, so that on the mask the error
-    is that of rounding S alone.
+    Refinement. B and A are rounded to the storage dtype first and S is fitted to them (unless `refiner.refits_S` is
+    False), so that on the mask the error is that of rounding S alone.
 
     Raises
     ------
@@ -122,7 +122,7 @@ def refine(
         right = right / scale
     B, A = left.to(storage), right.to(storage)
     L = B.to(compute) @ A.to(compute)
-    S = (dense - L).mul_(kept).add_(0.0).to(storage)  # + 0 turns the -0 of a product into 0
+    S = (dense - L if refiner.refits_S else dense.clone()).mul_(kept).add_(0.0).to(storage)  # + 0 turns the -0 of a product into 0
     if not all(all_finite(x) for x in (S, B, A)):
         raise NonFiniteError(
             f"rounding to {storage} overflowed after iteration {len(trace) - 1}. Store in bfloat16 or float32."
