@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import mendlm
-from mendlm import TLR, PruneOnly, Recipe, Unstructured
+from mendlm import Recipe, Unstructured
 from mendlm.evaluation.perplexity import PerplexityResult, evaluate
 from mendlm.evaluation.text import bundled_text
 from mendlm.pipeline import Event, TensorDone
@@ -49,8 +48,8 @@ def main() -> None:
 
     console.print("[bold]2. Compress[/] every projection of the 30 blocks, 50 % magnitude")
     recipes = {
-        "pruned only": Recipe(pattern=Unstructured(0.5), refiner=PruneOnly()),
-        "mended (TLR, rank 5 %)": Recipe(pattern=Unstructured(0.5), refiner=TLR(rank=1), rank="5%"),
+        "pruned only": Recipe(pattern=Unstructured(0.5), refiner="none"),
+        "mended (TLR, rank 5 %)": Recipe(pattern=Unstructured(0.5), refiner="tlr", rank="5%"),
     }
     folders: dict[str, tuple[Path, float]] = {"dense": (dense, 0.0)}
     for label, recipe in recipes.items():
@@ -70,7 +69,7 @@ def main() -> None:
         table.add_row(label, f"{ppl:.2f}", f"{size / 1e6:.1f} MB", f"{100 * size / dense_bytes:.1f} %", made)
     console.print(table)
 
-    console.print("[bold]4. Open[/] the mended folder with transformers: AutoModelForCausalLM.from_pretrained")
+    console.print("[bold]4. Open[/] the mended folder with AutoModelForCausalLM.from_pretrained")
     say_something(options.work / "mended")
     console.print(f"done in {time.perf_counter() - started:.0f} s; the mended model is in {options.work / 'mended'}")
 
@@ -141,5 +140,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        shutil.rmtree(ROOT / "work" / "demo" / ".partial", ignore_errors=True)
         sys.exit(130)

@@ -122,7 +122,8 @@ def refine(
         right = right / scale
     B, A = left.to(storage), right.to(storage)
     L = B.to(compute) @ A.to(compute)
-    S = (dense - L if refiner.refits_S else dense.clone()).mul_(kept).add_(0.0).to(storage)  # + 0 turns the -0 of a product into 0
+    S = (dense - L) if refiner.refits_S else dense.clone()
+    S = S.mul_(kept).add_(0.0).to(storage)  # + 0 turns the -0 of a product into 0
     if not all(all_finite(x) for x in (S, B, A)):
         raise NonFiniteError(
             f"rounding to {storage} overflowed after iteration {len(trace) - 1}. Store in bfloat16 or float32."
