@@ -131,7 +131,7 @@ class FullSVD:
 class SubspaceIteration:
     """Warm-started block subspace iteration: one power step per call on a block kept from the call before.
 
-    Right when M changes little from call to call, which is what alternating projections do. Each call costs two
+    Right when M changes little from call to call, which is what alternating projections do. Each step costs two
     products of M with a block of ``c = rank + oversampling`` columns (4 d_out d_in c flops), an orthonormalization and
     a c x c symmetric eigenproblem (Rayleigh-Ritz), where a full SVD costs some 20 d_out d_in min(d_out, d_in).
 
@@ -161,8 +161,12 @@ class SubspaceIteration:
 
     def leading(self, M: Tensor, rank: int) -> Triplets:
         """Approximate leading `rank` triplets of `M` (d_out, d_in), from the block of the call before."""
-        # A block that starts from noise gets three steps instead of one.
-        return self._iterate(M, rank, 1 if self._block.shape[1] else 3)
+        if not self._block.shape[1]:
+            return self._iterate(M, rank, 3)  # the block starts from noise
+        # Where the block spans over half of the matrix, the singular values it leaves out are close to those it holds
+        # and one step lags: at rank 128 of 192 the final TLR objective was up to 4.4 % above exact, with two steps 1 %.
+        spans_half = 2 * self._fresh.shape[1] > min(M.shape)
+        return self._iterate(M, rank, 2 if spans_half else 1)
 
     def final(self, M: Tensor, rank: int) -> Triplets:
         """Three more steps, the last of them with Householder QR."""
