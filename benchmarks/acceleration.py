@@ -12,7 +12,6 @@ import argparse
 import json
 
 from _common import ROOT, projections, report
-
 from mendlm import TLR, AcceleratedTLR, Unstructured, refine, select_mask
 
 JOURNAL = ROOT / "work" / "acceleration.jsonl"

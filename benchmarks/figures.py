@@ -9,8 +9,8 @@ import json
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-from _common import ROOT, projections
 
+from _common import ROOT, projections
 from mendlm import TLR, AcceleratedTLR, Unstructured, refine, select_mask
 
 IMAGES = ROOT / "docs" / "images"

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 
 import torch
-from _common import median_seconds, report
 
+from _common import median_seconds, report
 from mendlm import TLR, AcceleratedTLR, Unstructured, refine, select_mask
 from mendlm.linalg import OVERSAMPLING
 from mendlm.refiners.tlr import LOOKAHEAD_STEPS

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 
 import torch
-from _common import median_seconds, projections, report
 
+from _common import median_seconds, projections, report
 from mendlm import TLR, AcceleratedTLR, Unstructured, refine, select_mask
 
 LAYERS = {
