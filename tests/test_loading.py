@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,9 +36,10 @@ def copy(packed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(packed, tmp_path / "copy"))
 
 
-def dense_twin(source: Path) -> torch.nn.Module:
+@pytest.fixture(scope="module")
+def twin(tiny_llama: Path) -> torch.nn.Module:
     """The same compression by plain torch: a dense model whose projections hold S + B A."""
-    model = mendlm.load(source, dtype=torch.float32)
+    model = mendlm.load(tiny_llama, dtype=torch.float32)
     for name, W in model.named_parameters():
         if name.endswith("_proj.weight"):
             mask = select_mask(W.data, "magnitude", RECIPE["pattern"])
@@ -55,23 +57,23 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_logits_equal_those_of_a_dense_model(tiny_llama: Path, packed: Path, runtime: str) -> None:
+def test_logits_equal_those_of_a_dense_model(twin: torch.nn.Module, packed: Path, runtime: str) -> None:
     model = mendlm.load(packed, runtime=runtime)
     layers = [m for m in model.modules() if isinstance(m, SparseLowRankLinear)]
     assert len(layers) == 14
     assert {layer.runtime for layer in layers} == {runtime}
     assert not model.training
-    expected = logits(dense_twin(tiny_llama))
+    expected = logits(twin)
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=256 * EPS32 * float(expected.abs().max()))
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight  # tied as before
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_generation_works_in_every_runtime(tiny_llama: Path, packed: Path, runtime: str) -> None:
+def test_generation_works_in_every_runtime(twin: torch.nn.Module, packed: Path, runtime: str) -> None:
     prompt = torch.tensor([[256, 72, 101, 108]])
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 257}
     mask = torch.ones_like(prompt)
-    expected = dense_twin(tiny_llama).generate(prompt, attention_mask=mask, **options)
+    expected = twin.generate(prompt, attention_mask=mask, **options)
     assert torch.equal(mendlm.load(packed, runtime=runtime).generate(prompt, attention_mask=mask, **options), expected)
 
 
@@ -157,6 +159,7 @@ def test_without_mendlm_it_fails_loudly(packed: Path, tmp_path: Path) -> None:
 def test_any_order_of_imports_works(packed: Path, imports: str) -> None:
     run = run_python(OPEN_WITH.format(imports=imports), packed)
     assert run.stdout.strip() == "opened SparseLowRankLinear", run.stderr
+    assert "LOAD REPORT" not in run.stderr  # not a word about the guard
 
 
 def test_importing_mendlm_imports_no_transformers() -> None:
@@ -211,7 +214,8 @@ def test_a_config_that_does_not_fit_is_refused(copy: Path, facts: dict[str, int]
 
 
 def test_a_module_that_does_not_exist_is_refused(copy: Path) -> None:
-    edit_config(copy, modules={"model.layers.0.mlp.experts.0.w1": {"n_kept": 1, "rank": 1}})
+    modules = json.loads((copy / "config.json").read_text())["quantization_config"]["modules"]
+    edit_config(copy, modules=modules | {"model.layers.0.mlp.experts.0.w1": {"n_kept": 1, "rank": 1}})
     with pytest.raises(CheckpointError, match="no such module"):
         mendlm.load(copy)
 
@@ -232,3 +236,119 @@ def test_an_unreadable_dense_folder_is_one_sentence(tiny_llama: Path, tmp_path: 
     (folder / "model.safetensors").unlink()
     with pytest.raises(MendError, match=r"transformers cannot open .* no file named model\.safetensors"):
         mendlm.load(folder)
+
+
+def test_a_layer_that_the_config_forgot_is_refused(copy: Path) -> None:
+    modules = json.loads((copy / "config.json").read_text())["quantization_config"]["modules"]
+    del modules["model.layers.1.mlp.up_proj"]
+    edit_config(copy, modules=modules)
+    with pytest.raises(CheckpointError, match=r"does not list 'model\.layers\.1\.mlp\.up_proj' as compressed"):
+        mendlm.load(copy)
+
+
+@pytest.mark.parametrize("modules", [None, {}, ["model.layers.0.mlp.up_proj"]], ids=str)
+def test_a_config_without_modules_is_refused(copy: Path, modules: object) -> None:
+    edit_config(copy, modules=modules)
+    with pytest.raises(CheckpointError, match="it must name the compressed layers"):
+        mendlm.load(copy)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_missing_tensor_of_another_kind_is_refused(tiny_llama: Path, packed: Path, tmp_path: Path, compressed: bool):
+    folder = Path(shutil.copytree(packed if compressed else tiny_llama, tmp_path / "copy"))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.input_layernorm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors .* 'model\.layers\.1\.input_layernorm\.weight'"):
+        mendlm.load(folder)
+
+
+def test_a_model_without_head_loads_and_saves(packed: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    config = config_for(packed, "packed")
+    model = AutoModel.from_pretrained(packed, config=config)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)  # the embedding is tied, so nothing is lost
+    assert torch.equal(logits(again), logits(mendlm.load(packed)))
+
+
+def config_for(folder: Path, runtime: str):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config["runtime"] = runtime
+    return config
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_offloaded_layers_are_packed_or_refused(packed: Path, tmp_path: Path, runtime: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    names = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    places = dict.fromkeys(names, "cpu") | {"model.layers.1": "disk"}
+    options = {"config": config_for(packed, runtime), "device_map": places, "offload_folder": tmp_path}
+    if runtime == "packed":
+        model = AutoModelForCausalLM.from_pretrained(packed, **options)
+        assert torch.equal(logits(model), logits(mendlm.load(packed, runtime="packed")))
+    else:
+        with pytest.raises(UsageError, match=f"offloaded layers cannot become {runtime}"):
+            AutoModelForCausalLM.from_pretrained(packed, **options)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_device_map_auto_works(packed: Path, runtime: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(packed, config=config_for(packed, runtime), device_map="auto")
+    torch.testing.assert_close(logits(model), logits(mendlm.load(packed, runtime=runtime)))
+
+
+def test_a_state_dict_is_refused(packed: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    state = load_file(packed / "model.safetensors")
+    with pytest.raises(UsageError, match="not from a state_dict"):
+        LlamaForCausalLM.from_pretrained(None, config=config_for(packed, "merged"), state_dict=state)
+
+
+def test_a_runtime_that_transformers_would_ignore_is_refused() -> None:
+    from mendlm.hf import MendlmConfig
+
+    with pytest.raises(CheckpointError, match=r"call mendlm\.load\(folder, runtime="):
+        MendlmConfig(runtime="packed")
+
+
+def test_a_half_merged_model_is_not_saved(packed: Path, tmp_path: Path) -> None:
+    model = mendlm.load(packed, runtime="packed")
+    model.get_submodule("model.layers.1.mlp.up_proj").set_runtime("merged")
+    with pytest.raises(UsageError, match=r"'model\.layers\.1\.mlp\.up_proj' is merged and the model is not"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_what_can_be_trained(packed: Path) -> None:
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    assert all(p.requires_grad for p in mendlm.load(packed).parameters())  # merged: an ordinary dense model
+    factored = mendlm.load(packed, runtime="factored")
+    validate_quantization_for_training(factored)
+    assert {n.rpartition(".")[2] for n, p in factored.named_parameters() if not p.requires_grad} == {"weight"}
+    assert not factored.get_submodule("model.layers.0.mlp.up_proj").weight.requires_grad
+
+
+def test_registration_survives_a_reload(packed: Path) -> None:
+    reload = "import importlib, mendlm, transformers.quantizers.auto as auto\nimportlib.reload(auto)"
+    assert run_python("import sys\n" + reload + "\nassert 'mendlm' in auto.AUTO_QUANTIZER_MAPPING").returncode == 0
+
+
+def test_numpy_alone_can_read_the_format(packed: Path) -> None:
+    tensors = {name: t.numpy() for name, t in load_file(packed / "model.safetensors").items()}
+    model = mendlm.load(packed)
+    for path in json.loads((packed / "config.json").read_text())["quantization_config"]["modules"]:
+        A, B = tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]
+        bits = np.unpackbits(tensors[f"{path}.weight_bitmask"], axis=1, bitorder="little")
+        W = np.zeros((B.shape[0], A.shape[1]), A.dtype)
+        W[bits[:, : A.shape[1]].astype(bool)] = tensors[f"{path}.weight_values"]
+        expected = torch.from_numpy(W + B @ A)
+        torch.testing.assert_close(model.get_submodule(path).weight.data, expected, rtol=8 * EPS32, atol=8 * EPS32)

@@ -19,17 +19,19 @@ _TABLE = "transformers.quantizers.auto"
 
 def install() -> None:
     """Register now if transformers' table is loaded, else when it will be. Calling it again does nothing."""
+    if not any(isinstance(finder, _Waiter) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Waiter())
     if _TABLE in sys.modules:
         _register()
-    elif not any(isinstance(finder, _Waiter) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiter())
 
 
 def _register() -> None:
-    importlib.import_module("mendlm.hf")
+    importlib.import_module("mendlm.hf").register()
 
 
 class _Waiter(importlib.abc.MetaPathFinder):
+    """Stays for good, at the cost of comparing one string per import: a reload makes a new, empty table."""
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
@@ -56,5 +58,4 @@ class _Loader(importlib.abc.Loader):
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Waiter)]
         _register()

@@ -67,15 +67,23 @@ def _from_pretrained(folder: Path, runtime: str | None, dtype: torch.dtype | Non
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             if runtime is not None:
                 config.quantization_config = {**config.quantization_config, "runtime": runtime}
-            return AutoModelForCausalLM.from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype="auto" if dtype is None else dtype,
                 local_files_only=True,
                 trust_remote_code=False,
+                output_loading_info=True,
             )
         except MendError:
             raise
         except (OSError, ValueError, KeyError, RuntimeError) as err:
             reason = " ".join(str(err).split()) or type(err).__name__
             raise CheckpointError(f"transformers cannot open {str(folder)!r}: {reason[:500]}") from err
+    # transformers fills what is missing with random numbers and warns, which nobody sees here.
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"{str(folder)!r} lacks {len(missing)} tensors that the model needs, e.g. {missing[0]!r}. "
+            "The download is probably incomplete: fetch it again."
+        )
+    return model

@@ -157,8 +157,8 @@ class SparseLowRankLinear(nn.Module):
     def _packed_values(self) -> Tensor:
         return self.weight[self._mask()]
 
-    def _set_weight(self, weight: Tensor) -> None:
-        self.weight = nn.Parameter(weight, requires_grad=False)
+    def _set_weight(self, weight: Tensor, *, trainable: bool = False) -> None:
+        self.weight = nn.Parameter(weight, requires_grad=trainable)
 
     def _merge(self) -> None:
         S = self.weight if self.runtime == "factored" else self._unpacked()
@@ -167,7 +167,7 @@ class SparseLowRankLinear(nn.Module):
         if self.runtime == "packed":
             del self.weight_values
         del self.lora_A, self.lora_B, self.weight_bitmask
-        self._set_weight(merged)
+        self._set_weight(merged, trainable=True)  # an ordinary dense layer now
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """A factored layer is saved packed, whatever it looks like in memory."""
