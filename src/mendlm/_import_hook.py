@@ -26,7 +26,10 @@ def install() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("mendlm.hf").register()
+    # While mendlm.hf itself is being imported it has no `register` yet, and registers at its end.
+    register = getattr(importlib.import_module("mendlm.hf"), "register", None)
+    if register is not None:
+        register()
 
 
 class _Waiter(importlib.abc.MetaPathFinder):
