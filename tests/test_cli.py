@@ -269,6 +269,7 @@ def test_ctrl_c_then_resume_gives_the_same_bytes(tiny_llama: Path, tmp_path: Pat
         text=True,
         encoding="utf-8",
         env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
