@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 import oracle
 from mendlm import NM, Unstructured, select_mask
-from mendlm.criteria import CRITERIA
+from mendlm.criteria import CRITERIA, AbstractCriterion
 from mendlm.errors import NonFiniteError, UsageError
+from mendlm.inputs import InputStats
 from mendlm.patterns import n_kept_total
 from strategies import matrices, patterns_for
 
@@ -117,4 +118,13 @@ def test_wrong_input_is_refused() -> None:
     with pytest.raises(UsageError, match="2-D floating tensor"):
         select_mask(torch.ones(4, 4, dtype=torch.int32), "magnitude", Unstructured(0.5))
     with pytest.raises(UsageError, match="scores of shape"):
-        select_mask(torch.ones(4, 4), lambda W, generator: W[0], Unstructured(0.5))
+        select_mask(torch.ones(4, 4), Broken(), Unstructured(0.5))
+
+
+class Broken(AbstractCriterion):
+    """Scores of the wrong shape."""
+
+    name = "broken"
+
+    def scores(self, W: torch.Tensor, inputs: InputStats | None, generator: torch.Generator) -> torch.Tensor:
+        return W[0]

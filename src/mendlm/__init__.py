@@ -17,6 +17,7 @@ _LAZY = {
     "NM": "mendlm.patterns",
     "PerplexityResult": "mendlm.evaluation.perplexity",
     "PruneOnly": "mendlm.refiners",
+    "InputStats": "mendlm.inputs",
     "Recipe": "mendlm.config",
     "Refinement": "mendlm.refiners",
     "SparseLowRank": "mendlm.decomposition",
@@ -29,7 +30,7 @@ _LAZY = {
     "load": "mendlm.loading",
     "perplexity": "mendlm.evaluation.perplexity",
     "refine": "mendlm.refiners",
-    "select_mask": "mendlm.masks",
+    "select_mask": "mendlm.selection",
 }
 __all__ = ["MendError", *_LAZY]
 
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
     from mendlm.evaluation.perplexity import PerplexityResult as PerplexityResult
     from mendlm.evaluation.perplexity import perplexity as perplexity
     from mendlm.gguf import import_gguf as import_gguf
+    from mendlm.inputs import InputStats as InputStats
     from mendlm.loading import load as load
-    from mendlm.masks import select_mask as select_mask
     from mendlm.patterns import NM as NM
     from mendlm.patterns import Unstructured as Unstructured
     from mendlm.pipeline import CompressionResult as CompressionResult
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from mendlm.refiners import ZeroShotSVD as ZeroShotSVD
     from mendlm.refiners import refine as refine
     from mendlm.runtime import SparseLowRankLinear as SparseLowRankLinear
+    from mendlm.selection import select_mask as select_mask
 
 
 def __getattr__(name: str) -> Any:

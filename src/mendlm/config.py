@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -14,8 +15,9 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from mendlm.budgets import parse_rank, resolve_rank
-from mendlm.criteria import CRITERIA
+from mendlm.criteria import CRITERIA, AbstractCriterion, Needs
 from mendlm.errors import UsageError
+from mendlm.inputs import DeadColumns
 from mendlm.names import lookup
 from mendlm.patterns import NM, Pattern, Unstructured
 from mendlm.refiners import REFINERS, AbstractRefiner, PruneOnly
@@ -49,9 +51,26 @@ def parse_pattern(value: object) -> Pattern:
     )
 
 
+def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
+    """The inverse of `parse_pattern`, as a mapping."""
+    if isinstance(pattern, NM):
+        return {"n": pattern.n, "m": pattern.m}
+    return {"sparsity": pattern.sparsity, "scope": pattern.scope}
+
+
 def _parse_criterion(value: object) -> object:
     if isinstance(value, str):
         lookup(CRITERIA, value, "criterion")
+    return value
+
+
+def _parse_calibration(value: object) -> object:
+    return {"source": value} if isinstance(value, str) else value
+
+
+def _parse_layer_sparsity(value: object) -> object:
+    if isinstance(value, str):
+        return lookup({"owl": Owl(), "uniform": None}, value, "layer_sparsity")
     return value
 
 
@@ -63,7 +82,78 @@ def _parse_dtype(value: object) -> object:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
+def _parse_optional_pattern(value: object) -> Pattern | None:
+    return None if value is None else parse_pattern(value)
+
+
+def _parse_optional_rank(value: object) -> int | str | None:
+    return None if value is None else parse_rank(value)
+
+
 Globs = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_parse_globs)]
+
+
+class Calibration(BaseModel):
+    """What text a model is calibrated on, and how it runs through the model.
+
+    Parameters
+    ----------
+    source : "c4", "wikitext2", "self" (text the model writes itself), "random-tokens", or a .txt, .jsonl or .parquet
+        file.
+    n_sequences : windows of text.
+    seqlen : tokens of a window; None is 2048, or what the model's positions allow if that is less.
+    windows : "random" cuts every window at a random place, as the Wanda code does, "leading" takes the first ones.
+    propagate : "sequential" gives every block the outputs of the compressed blocks before it, "dense" those of the
+        original ones.
+    batch_size : windows that run through a block together.
+    dtype : to run the model in; None is float32 on a CPU and the checkpoint's own on a GPU.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Annotated[str, Field(min_length=1)]
+    n_sequences: Annotated[int, Field(ge=1, strict=True)] = 128
+    seqlen: Annotated[int, Field(ge=2, strict=True)] | None = None
+    windows: Literal["random", "leading"] = "random"
+    propagate: Literal["sequential", "dense"] = "sequential"
+    batch_size: Annotated[int, Field(ge=1, strict=True)] = 4
+    dtype: Annotated[StorageName | None, BeforeValidator(_parse_dtype)] = None
+
+
+class Override(BaseModel):
+    """Settings for the tensors whose names match a glob; what is None stays as the recipe has it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    match: Annotated[str, Field(min_length=1)]
+    pattern: Annotated[Pattern | None, PlainValidator(_parse_optional_pattern)] = None
+    sparsity: Annotated[float, Field(ge=0, le=1)] | None = None
+    rank: Annotated[int | str | None, PlainValidator(_parse_optional_rank)] = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields that are not None."""
+        fields = {
+            "match": self.match,
+            "pattern": None if self.pattern is None else pattern_to_dict(self.pattern),
+            "sparsity": self.sparsity,
+            "rank": self.rank,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class Owl(BaseModel):
+    """Outlier-weighed layer sparsity (Yin et al. 2024, arXiv:2310.05175): blocks with more outliers are pruned less.
+
+    Parameters
+    ----------
+    threshold : M, an entry is an outlier if its score is above M times the mean score of its tensor.
+    spread : lambda, the sparsity of a block stays within this of the recipe's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    threshold: Annotated[float, Field(gt=0)] = 5.0
+    spread: Annotated[float, Field(ge=0, lt=1)] = 0.08
 
 
 class Recipe(BaseModel):
@@ -71,8 +161,19 @@ class Recipe(BaseModel):
 
     Parameters
     ----------
-    criterion : a name in `mendlm.criteria.CRITERIA`.
+    criterion : a name in `mendlm.criteria.CRITERIA`, or a criterion object.
+    criterion_options : the criterion's further fields.
+    calibration : a `Calibration`, or its source alone; None for data-free work.
+    metric : what the refiner minimises: "plain" the error of the weights, "diagonal" with every input weighed by its
+        root mean square, "gram" the error of the outputs on the calibration text; "auto" is "gram" with calibration
+        ("diagonal" for a refiner that has no Gram metric) and "plain" without.
+    damping : added to the diagonal of a Gram matrix, as a share of its mean.
+    dead_columns : what to do with inputs that calibration never saw: "keep", "drop" or "error".
+    layer_sparsity : "owl" or an `Owl`: sparsities by block, around that of an unstructured pattern.
+    overrides : pattern, sparsity or rank by tensor name; the last match wins.
+    skip_layers : blocks that stay dense; -1 is the last.
     pattern : `Unstructured` or `NM`; also ``"2:4"``, ``{"n": 2, "m": 4}``, ``{"sparsity": 0.5, "scope": "row"}``.
+        Without a scope weights compete as in the criterion's paper.
     refiner : a name in `mendlm.refiners.REFINERS`, or a refiner object, whose fields then become the fields below.
     rank : of L, an int or a percentage of min(d_out, d_in) such as ``"5%"`` (rounded down, at least 1). Default 5 %, or
         the rank of the refiner object.
@@ -90,6 +191,14 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     criterion: Annotated[str, BeforeValidator(_parse_criterion)] = "magnitude"
+    criterion_options: dict[str, Any] = Field(default_factory=dict)
+    calibration: Annotated[Calibration | None, BeforeValidator(_parse_calibration)] = None
+    metric: Literal["auto", "plain", "diagonal", "gram"] = "auto"
+    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    dead_columns: DeadColumns = "keep"
+    layer_sparsity: Annotated[Owl | None, BeforeValidator(_parse_layer_sparsity)] = None
+    overrides: tuple[Override, ...] = ()
+    skip_layers: tuple[Annotated[int, Field(strict=True)], ...] = ()
     pattern: Annotated[Pattern, PlainValidator(parse_pattern)] = Unstructured(0.5)
     refiner: str | AbstractRefiner = "tlr"
     rank: Annotated[int | str, PlainValidator(parse_rank)] = DEFAULT_RANK
@@ -112,6 +221,7 @@ class Recipe(BaseModel):
     def _spread_refiner(cls, data: dict[str, Any]) -> dict[str, Any]:
         """Turn a refiner object into its name and fields, so that there is one form of every recipe."""
         data = dict(data)
+        _spread_criterion(data)
         refiner = data.get("refiner", "tlr")
         if isinstance(refiner, str):
             kind = lookup(REFINERS, refiner, "refiner")
@@ -130,20 +240,73 @@ class Recipe(BaseModel):
         return data
 
     @model_validator(mode="after")
+    def _check_criterion(self) -> Self:
+        kind = CRITERIA[self.criterion]
+        _check_options("criterion", kind, self.criterion_options, set())
+        self.criterion_object()
+        if self.calibration is None:
+            data = "calibration data: a FILE, c4, wikitext2, self or random-tokens"
+            if kind.needs != "weights":
+                raise UsageError(f"criterion {self.criterion!r} weighs the inputs, so it needs {data}.")
+            if self.metric in ("diagonal", "gram"):
+                raise UsageError(f"metric {self.metric!r} weighs the inputs, so it needs {data}.")
+            if self.layer_sparsity is not None:
+                raise UsageError(f"layer_sparsity 'owl' weighs the inputs, so it needs {data}.")
+        if self.layer_sparsity is not None and not isinstance(self.pattern, Unstructured):
+            raise UsageError(f"layer_sparsity 'owl' needs an unstructured pattern, got {self.pattern}.")
+        if self.metric not in ("auto", *self._refiner_class().metrics):
+            known = ", ".join(self._refiner_class().metrics)
+            raise UsageError(f"refiner {self._refiner_class().name!r} has no metric {self.metric!r}. It has: {known}.")
+        return self
+
+    @model_validator(mode="after")
     def _check_refiner(self) -> Self:
-        kind = self._refiner_class()
-        known = {f.name for f in dataclasses.fields(kind)} - {"rank"}  # type: ignore[arg-type]
-        hints = get_type_hints(kind)
         if misplaced := {"rank", "n_iter", "solver"} & set(self.refiner_options):
             raise UsageError(f"{min(misplaced)!r} is a field of the recipe itself, not one of refiner_options.")
-        for name, value in self._refiner_fields().items():
-            if name not in known:
-                near = get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else f" It has: {', '.join(sorted(known)) or 'none'}."
-                raise UsageError(f"refiner {kind.name!r} has no field {name!r} (got {value!r}).{hint}")
-            _check_value(f"{name} of refiner {kind.name!r}", value, hints.get(name))
+        _check_options("refiner", self._refiner_class(), self._refiner_fields(), {"rank"})
         self.refiner_for(1, 1)
         return self
+
+    @property
+    def metric_kind(self) -> Literal["plain", "diagonal", "gram"]:
+        """The metric that "auto" stands for here."""
+        if self.metric != "auto":
+            return self.metric
+        if self.calibration is None:
+            return "plain"
+        return "gram" if "gram" in self._refiner_class().metrics else "diagonal"
+
+    @property
+    def needs(self) -> Needs:
+        """What calibration has to gather for criterion and metric together."""
+        by_metric: dict[str, Needs] = {"plain": "weights", "diagonal": "second_moment", "gram": "gram"}
+        wanted = (CRITERIA[self.criterion].needs, by_metric[self.metric_kind])
+        return max(wanted, key=("weights", "second_moment", "gram").index)
+
+    def criterion_object(self) -> AbstractCriterion:
+        """The criterion with its options."""
+        return CRITERIA[self.criterion](**self.criterion_options)
+
+    def pattern_for(self, name: str, sparsity: float | None = None) -> Pattern:
+        """The pattern of the tensor `name`; `sparsity` is what `layer_sparsity` chose for it, if anything."""
+        pattern = self.pattern
+        if sparsity is not None and isinstance(pattern, Unstructured):
+            pattern = dataclasses.replace(pattern, sparsity=sparsity)
+        for override in self._matching(name):
+            if override.pattern is not None:
+                pattern = override.pattern
+            if override.sparsity is not None:
+                if not isinstance(pattern, Unstructured):
+                    raise UsageError(f"override {override.match!r} sets a sparsity but the pattern is {pattern}.")
+                pattern = dataclasses.replace(pattern, sparsity=override.sparsity)
+        return pattern
+
+    def rank_for(self, name: str) -> int | str:
+        """The rank of the tensor `name`, as it was written."""
+        return next((o.rank for o in reversed(self._matching(name)) if o.rank is not None), self.rank)
+
+    def _matching(self, name: str) -> list[Override]:
+        return [override for override in self.overrides if fnmatchcase(name, override.match)]
 
     def _refiner_class(self) -> type[AbstractRefiner]:
         return REFINERS[self.refiner] if isinstance(self.refiner, str) else type(self.refiner)
@@ -152,10 +315,10 @@ class Recipe(BaseModel):
         named = {"n_iter": self.n_iter, "solver": self.solver}
         return self.refiner_options | {name: value for name, value in named.items() if value is not None}
 
-    def refiner_for(self, d_out: int, d_in: int) -> AbstractRefiner:
+    def refiner_for(self, d_out: int, d_in: int, name: str = "") -> AbstractRefiner:
         """The refiner for a (d_out, d_in) matrix, its rank resolved (`refiners.check_rank` says whether it fits)."""
         kind = self._refiner_class()
-        rank = resolve_rank(self.rank, d_out, d_in)
+        rank = resolve_rank(self.rank_for(name), d_out, d_in)
         if kind is PruneOnly:
             if self.rank not in (0, DEFAULT_RANK):
                 raise UsageError(f"refiner {kind.name!r} has no low-rank part, got rank {self.rank!r}. Leave rank out.")
@@ -164,12 +327,17 @@ class Recipe(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields; ``Recipe(**recipe.to_dict()) == recipe`` for every registered refiner."""
-        pattern = self.pattern
         return {
             "criterion": self.criterion,
-            "pattern": {"n": pattern.n, "m": pattern.m}
-            if isinstance(pattern, NM)
-            else {"sparsity": pattern.sparsity, "scope": pattern.scope},
+            "criterion_options": dict(self.criterion_options),
+            "calibration": None if self.calibration is None else self.calibration.model_dump(),
+            "metric": self.metric,
+            "damping": self.damping,
+            "dead_columns": self.dead_columns,
+            "layer_sparsity": None if self.layer_sparsity is None else self.layer_sparsity.model_dump(),
+            "overrides": [override.to_dict() for override in self.overrides],
+            "skip_layers": list(self.skip_layers),
+            "pattern": pattern_to_dict(self.pattern),
             "refiner": self.refiner if isinstance(self.refiner, str) else self.refiner.name,
             "rank": self.rank,
             "n_iter": self.n_iter,
@@ -201,6 +369,33 @@ class Recipe(BaseModel):
             return cls(**fields)
         except UsageError as err:
             raise UsageError(f"{err} [{path.name}]") from None
+
+
+def _spread_criterion(data: dict[str, Any]) -> None:
+    """Turn a criterion object into its name and fields, and give a pattern without a scope the criterion's own."""
+    criterion = data.get("criterion", "magnitude")
+    if isinstance(criterion, AbstractCriterion):
+        values = {f.name: getattr(criterion, f.name) for f in dataclasses.fields(criterion)}  # type: ignore[arg-type]
+        data["criterion"] = criterion = criterion.name
+        data["criterion_options"] = values | data.get("criterion_options", {})
+    if isinstance(criterion, str) and criterion in CRITERIA:
+        scope = CRITERIA[criterion].default_scope
+        pattern = data.get("pattern", {"sparsity": 0.5})
+        if isinstance(pattern, Mapping) and set(pattern) == {"sparsity"}:
+            pattern = {**pattern, "scope": scope}
+        data["pattern"] = pattern
+
+
+def _check_options(kind: str, cls: Any, options: Mapping[str, Any], hidden: set[str]) -> None:
+    """Raise `UsageError` unless `options` are fields of the dataclass `cls` with values of their types."""
+    known = {f.name for f in dataclasses.fields(cls)} - hidden
+    hints = get_type_hints(cls)
+    for name, value in options.items():
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" It has: {', '.join(sorted(known)) or 'none'}."
+            raise UsageError(f"{kind} {cls.name!r} has no field {name!r} (got {value!r}).{hint}")
+        _check_value(f"{name} of {kind} {cls.name!r}", value, hints.get(name))
 
 
 def _check_value(what: str, value: object, hint: Any) -> None:

@@ -9,58 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mendlm.criteria import CRITERIA, Criterion
-from mendlm.errors import NonFiniteError, UsageError
-from mendlm.linalg import all_finite
-from mendlm.names import lookup
 from mendlm.patterns import Pattern
-
-
-def select_mask(
-    W: Tensor,
-    criterion: str | Criterion,
-    pattern: Pattern,
-    *,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Choose the entries of `W` that stay.
-
-    Parameters
-    ----------
-    W : (d_out, d_in) floating tensor. Not modified.
-    criterion : a name in `mendlm.criteria.CRITERIA`, or a function (W, generator) -> scores.
-    pattern : `Unstructured` or `NM`.
-    generator : source of randomness for criteria that need one; seed 0 if not given.
-
-    Returns
-    -------
-    (d_out, d_in) bool tensor on the device of `W`, True = kept. The number of kept entries of every group is exactly
-    `pattern.n_kept`, also under ties (the entry that comes first in memory is kept), all-zero input, sparsity 0 and 1.
-
-    Raises
-    ------
-    UsageError : `W` is not 2-D and floating, an unknown criterion, or a pattern that does not fit the shape.
-    NonFiniteError : `W` or the scores hold NaN or infinity.
-
-    Notes
-    -----
-    Cost: one selection per group, O(numel) expected; about three copies of `W` in memory.
-    """
-    if W.ndim != 2 or not W.is_floating_point():
-        raise UsageError(f"W must be a 2-D floating tensor, got shape {tuple(W.shape)} and dtype {W.dtype}.")
-    score = lookup(CRITERIA, criterion, "criterion") if isinstance(criterion, str) else criterion
-    if generator is None:
-        generator = torch.Generator(device=W.device).manual_seed(0)
-    if not all_finite(W):
-        raise NonFiniteError(
-            f"W of shape {tuple(W.shape)} holds NaN or infinity. Repair or re-download the checkpoint."
-        )
-    scores = score(W, generator)
-    if scores.shape != W.shape:
-        raise UsageError(f"criterion returned scores of shape {tuple(scores.shape)} for W of shape {tuple(W.shape)}.")
-    if not all_finite(scores):
-        raise NonFiniteError("the criterion returned NaN or infinite scores.")
-    return mask_from_scores(scores, pattern)
 
 
 def mask_from_scores(scores: Tensor, pattern: Pattern) -> Tensor:

@@ -95,9 +95,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> CompressionPlan:
 
 
 def _plan_weight(name: str, shard: str, shape: tuple[int, int], dtype: str, recipe: Recipe) -> PlannedTensor:
-    rank = recipe.refiner_for(*shape).rank
+    rank = recipe.refiner_for(*shape, name=name).rank
     check_rank(rank, *shape)
-    n_kept = n_kept_total(recipe.pattern, *shape)
+    pattern = recipe.pattern_for(name)
+    n_kept = n_kept_total(pattern, *shape)
     stored = dtype if recipe.dtype is None else safetensors_name(getattr(torch, recipe.dtype))
     return PlannedTensor(
         name=name,
@@ -110,4 +111,5 @@ def _plan_weight(name: str, shard: str, shape: tuple[int, int], dtype: str, reci
         rank=rank,
         dense_bytes=tensor_bytes(dtype, shape),
         stored_bytes=packed_bytes(*shape, n_kept, rank, tensor_bytes(stored, (1,))),
+        pattern=pattern,
     )

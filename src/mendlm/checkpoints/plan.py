@@ -12,6 +12,7 @@ from mendlm.budgets import factor_params
 from mendlm.checkpoints.header import FLOATING, safetensors_name, tensor_bytes, torch_name
 from mendlm.checkpoints.reader import Shard
 from mendlm.checkpoints.writer import ShardLayout
+from mendlm.patterns import Pattern
 
 VALUES, BITMASK, LORA_A, LORA_B = "weight_values", "weight_bitmask", "lora_A", "lora_B"
 
@@ -26,6 +27,7 @@ class PlannedTensor:
     dtype, storage_dtype : before and after, e.g. "float32"; dtypes that are only copied have their safetensors names.
     action : "compress" or "copy".
     n_kept, rank : entries kept of S and rank of L; for "copy" the number of entries and 0.
+    pattern : where the zeros of S may be; None for "copy".
     dense_bytes, stored_bytes : data before and after.
     """
 
@@ -39,6 +41,7 @@ class PlannedTensor:
     rank: int
     dense_bytes: int
     stored_bytes: int
+    pattern: Pattern | None = None
 
     @property
     def module(self) -> str:
@@ -71,7 +74,8 @@ class PlannedTensor:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""
-        return asdict(self) | {"shape": list(self.shape)}
+        pattern = None if self.pattern is None else str(self.pattern)
+        return asdict(self) | {"shape": list(self.shape), "pattern": pattern}
 
 
 def copied(name: str, shard: str, shape: tuple[int, ...], dtype: str, storage_dtype: str | None) -> PlannedTensor:

@@ -20,11 +20,11 @@ from mendlm.checkpoints.reader import Shard, as_bytes, read_chunks, read_tensor
 from mendlm.checkpoints.staging import Staging
 from mendlm.checkpoints.writer import ShardLayout, ShardWriter
 from mendlm.errors import MendError, NonFiniteError, located
-from mendlm.masks import select_mask
 from mendlm.packing import pack_mask
 from mendlm.planning import CompressionPlan
 from mendlm.refiners import refine
 from mendlm.report.records import TensorRecord
+from mendlm.selection import select_mask
 
 if TYPE_CHECKING:
     from mendlm.config import Recipe

@@ -47,10 +47,12 @@ class AbstractRefiner(ABC):
     """An algorithm that finds the low-rank part L = B @ A for a given mask.
 
     A subclass is a frozen dataclass whose fields are the hyperparameters. `init`, `step` and `finish` compute on
-    tensors only; the loop owns the step budget, the trace and the check for non-finite values.
+    tensors only; the loop owns the step budget, the trace and the check for non-finite values. `metrics` names the
+    metrics that the algorithm can minimise in.
     """
 
     name: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]] = ("plain", "diagonal", "gram")
     rank: int
 
     @property

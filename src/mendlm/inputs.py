@@ -1,0 +1,118 @@
+"""What calibration tells about the inputs of one weight: second moments, and the Gram matrix where one is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from mendlm.errors import UsageError
+
+DeadColumns = Literal["keep", "drop", "error"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class InputStats:
+    """Statistics of the inputs X (n_tokens, d_in) that a weight (d_out, d_in) saw in calibration.
+
+    Attributes
+    ----------
+    n_tokens : rows of X; 0 for an expert that no token was routed to.
+    second_moment : (d_in,) float64, the mean of ``x_j ** 2``.
+    gram : (d_in, d_in) float64, ``X.T @ X / n_tokens``; None if nobody asked for it.
+    """
+
+    n_tokens: int
+    second_moment: Tensor
+    gram: Tensor | None = None
+    _cache: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def d_in(self) -> int:
+        """Number of inputs."""
+        return self.second_moment.shape[0]
+
+    @property
+    def dead(self) -> Tensor:
+        """(d_in,) bool: inputs that were zero for every token."""
+        return self.second_moment == 0
+
+    @property
+    def scale(self) -> Tensor:
+        """(d_in,) float64, the root mean square of every input."""
+        return self.second_moment.sqrt()
+
+    def cached(self, key: object, make: Callable[[], T]) -> T:
+        """``make()``, computed once: weights that read the same inputs share what is derived from these statistics."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        value: T = self._cache[key]
+        return value
+
+    def revived(self) -> InputStats:
+        """These statistics with every dead input given the smallest second moment of a live one (1 if all are dead).
+
+        A dead input then counts as one that was not correlated with any other; matrices stay positive definite.
+        """
+        dead = self.dead
+        if not bool(dead.any()):
+            return self
+        return self.cached("revived", lambda: self._revive(dead))
+
+    def _revive(self, dead: Tensor) -> InputStats:
+        live = self.second_moment[~dead]
+        floor = live.min() if live.numel() else torch.ones((), dtype=self.second_moment.dtype, device=dead.device)
+        second_moment = torch.where(dead, floor, self.second_moment)
+        gram = self.gram
+        if gram is not None:
+            gram = gram.clone()
+            gram.diagonal()[dead] = floor
+        return InputStats(self.n_tokens, second_moment, gram)
+
+
+def treat_dead_columns(W: Tensor, inputs: InputStats, policy: DeadColumns) -> tuple[Tensor, InputStats]:
+    """W and statistics fit for criteria and metrics, whatever inputs were dead.
+
+    Parameters
+    ----------
+    W : (d_out, d_in). Not modified.
+    inputs : of `W`.
+    policy : "keep" ranks and mends the weights of a dead input as if it were the weakest live one, "drop" zeroes them,
+        so that they are pruned first, "error" refuses.
+
+    Raises
+    ------
+    UsageError : the policy is "error" and an input is dead.
+    """
+    dead = inputs.dead
+    if not bool(dead.any()):
+        return W, inputs
+    if policy == "error":
+        columns = dead.nonzero().flatten().tolist()
+        shown = ", ".join(map(str, columns[:5])) + (", …" if len(columns) > 5 else "")
+        raise UsageError(
+            f"{len(columns)} of {inputs.d_in} inputs were zero for every calibration token (columns {shown}). "
+            "Calibrate on more or other text, or pass --dead-columns keep or drop."
+        )
+    return (W.masked_fill(dead, 0) if policy == "drop" else W), inputs.revived()
+
+
+def check_stats(W: Tensor, inputs: InputStats | None, needs: Literal["weights", "second_moment", "gram"]) -> None:
+    """Raise `UsageError` unless `inputs` hold what is needed for `W` (d_out, d_in)."""
+    if needs == "weights":
+        return
+    if inputs is None:
+        raise _missing(needs)
+    if inputs.second_moment.shape != (W.shape[1],):
+        raise UsageError(f"the statistics are of {inputs.d_in} inputs, W of shape {tuple(W.shape)} has {W.shape[1]}.")
+    if needs == "gram" and inputs.gram is None:
+        raise _missing(needs)
+
+
+def _missing(needs: str) -> UsageError:
+    what = "the Gram matrix" if needs == "gram" else "the second moments"
+    return UsageError(f"this needs {what} of the inputs. Calibrate, or pass inputs=InputStats(...).")
