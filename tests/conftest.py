@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tiny import BOS, EOS, byte_tokenizer, tiny_model
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -38,33 +40,11 @@ def make_tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> TinyLlama:
     def make(
         *, dtype: torch.dtype = torch.float32, tied: bool = True, max_shard_size: str = "5GB", seed: int = 0
     ) -> Path:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
         folder = tmp_path_factory.mktemp("tiny-llama")
-        config = LlamaConfig(
-            vocab_size=258,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            tie_word_embeddings=tied,
-            bos_token_id=256,
-            eos_token_id=257,
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = LlamaForCausalLM(config).to(dtype)
+        special = dict(bos_token_id=BOS, eos_token_id=EOS)
+        model = tiny_model("LlamaForCausalLM", seed=seed, dtype=dtype, tie_word_embeddings=tied, **special)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        vocab = {c: i for i, c in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}
-        core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        core.decoder = decoders.ByteLevel()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
-        tokenizer.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
         return folder
 
     return make

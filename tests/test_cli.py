@@ -217,7 +217,11 @@ FAILURES = {
 
 # the same, but refused before any heavy import: no process of its own
 WRONG_USE = {
-    "recipe": ("compress @tiny @out --recipe @recipe.yaml", 2, r"'rnak'\. Did you mean 'rank'.*\[recipe.yaml\]"),
+    "recipe": (
+        "compress @tiny @out --recipe @recipe.yaml",
+        2,
+        r"'rnak'\. Did you mean 'rank'.*\[recipe.yaml, line 2, field rnak\]",
+    ),
     "two patterns": (
         "compress @tiny @out --sparsity 0.5 --pattern 2:4",
         2,

@@ -151,7 +151,7 @@ def test_yaml_reads_numbers_as_people_do(tmp_path: Path) -> None:
         ("rank: [", r"'recipe\.yaml' is not valid YAML"),
         ("- rank", r"'recipe\.yaml' must be a mapping of fields"),
         ("", r"'recipe\.yaml' must be a mapping of fields.* got None"),
-        ("rank: -1", r"rank must be .* got -1\. \[recipe\.yaml\]"),
+        ("rank: -1", r"rank must be .* got -1\. \[recipe\.yaml, line 1, field rank\]"),
         ("x: !!python/object/apply:os.system [ls]", r"not valid YAML: could not determine a constructor"),
     ],
 )

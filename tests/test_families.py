@@ -11,7 +11,17 @@ import torch
 from safetensors import safe_open
 
 from mendlm.errors import UsageError
-from mendlm.families import FAMILIES, choose_tensors
+from mendlm.families import (
+    FAMILIES,
+    block_of,
+    can_be_compressed,
+    choose_tensors,
+    expert_name,
+    is_transposed,
+    module_name,
+    split_block,
+    split_expert,
+)
 
 MIXTURES = {
     "mixtral": {"num_local_experts": 2},
@@ -31,29 +41,92 @@ def build(model_type: str, **fields: Any) -> torch.nn.Module:
 
 @pytest.mark.parametrize("model_type", DENSE)
 def test_chosen_are_exactly_the_linear_layers_of_the_blocks(model_type: str) -> None:
+    from transformers.pytorch_utils import Conv1D
+
     with torch.device("meta"):
         model = build(model_type, num_hidden_layers=2)
-    names = [name for name, value in model.named_parameters() if value.ndim == 2]
-    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    blocks = {f"{name}.weight" for name in linear if re.search(r"\blayers\.\d+\.", name)}
-    assert set(choose_tensors(model_type, names, names)) == blocks
+    names = [name for name, value in model.named_parameters() if can_be_compressed(model_type, name, value.ndim)]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
+    blocks = {f"{name}.weight": module for name, module in layers.items() if re.search(r"\b(?:layers|h)\.\d+\.", name)}
+    assert set(choose_tensors(model_type, names, names)) == set(blocks)
     assert blocks
+    for name, module in blocks.items():
+        assert is_transposed(model_type, name) == isinstance(module, Conv1D)
+    assert not is_transposed(model_type, "lm_head.weight")
+    assert {block_of(name, model_type) for name in blocks} == {0, 1}
+    outside = {name for name, _ in model.named_parameters() if block_of(name, model_type) is None}
+    assert not any(re.search(r"\.\d+\.", name) for name in outside)
+    assert outside
 
 
+@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("model_type", sorted(MIXTURES))
-def test_experts_but_not_routers_of_mixtures(model_type: str, tmp_path: Path) -> None:
+def test_experts_but_not_routers_of_mixtures(model_type: str, stacked: bool, tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 8, "vocab_size": 32, "num_hidden_layers": 1, "head_dim": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None}
-    build(model_type, **sizes, **heads, **MIXTURES[model_type]).save_pretrained(tmp_path)
+    model = build(model_type, **sizes, **heads, **MIXTURES[model_type])
+    model.save_pretrained(tmp_path, save_original_format=not stacked)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        names = [name for name in file.keys() if len(file.get_slice(name).get_shape()) == 2]
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    names = [name for name, shape in shapes.items() if can_be_compressed(model_type, name, len(shape))]
     left = set(names) - set(choose_tensors(model_type, names, names))
     routers = {
         name for name in names if re.search(r"(?:mlp|block_sparse_moe)\.(?:gate|shared_expert_gate)\.weight$", name)
     }
     assert left == {"model.embed_tokens.weight", "lm_head.weight"} | routers
     assert routers
-    assert sum("experts" in name for name in names) == 6
+    assert sum("experts" in name for name in names) == (2 if stacked else 6)
+    in_model = {name for name, _ in model.named_parameters()}
+    assert {module_name(model_type, name) for name in shapes if "experts." not in name} <= in_model
+    for name in names:
+        path = module_name(model_type, expert_name(name, 1) if len(shapes[name]) == 3 else name).removesuffix(".weight")
+        if "experts." in name:
+            assert split_expert(path) in {
+                ("model.layers.0.mlp.experts", index, path.rpartition(".")[2]) for index in (0, 1)
+            }
+        else:
+            assert split_expert(path) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("model.layers.12.input_layernorm.weight", ("model.layers", 12, "input_layernorm.weight")),
+        ("layers.0.mlp.experts.3.w1.weight", ("layers", 0, "mlp.experts.3.w1.weight")),
+        ("h.1.attn.bias", ("h", 1, "attn.bias")),
+        ("model.decoder.layers.0.fc1.bias", ("model.decoder.layers", 0, "fc1.bias")),
+        ("a.layers.1.b.layers.2.c", ("a.layers", 1, "b.layers.2.c")),
+        ("model.norm.weight", None),
+        ("model.layers.x.weight", None),
+        ("model.mylayers.0.weight", None),
+        ("model.layers.0", None),
+    ],
+)
+def test_split_block(name: str, parts: tuple[str, int, str] | None) -> None:
+    assert split_block(name) == parts
+    assert block_of(name, "unheard-of") == (None if parts is None else parts[1])
+
+
+def test_names_of_other_lists_are_in_no_block_of_a_known_family() -> None:
+    assert block_of("transformer.h.3.ln_1.weight", "gpt2") == 3
+    assert block_of("transformer.h.3.ln_1.weight", "llama") is None
+    assert block_of("model.layers.3.mlp.up_proj.weight", "gpt2") is None
+
+
+def test_stacked_experts_are_known_by_family_only() -> None:
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert can_be_compressed("mixtral", name, 3)
+    assert not can_be_compressed("mixtral", name, 2)
+    assert not can_be_compressed("mixtral", f"{name}_bias", 3)
+    assert not can_be_compressed("gpt_oss", name, 3)
+    assert not can_be_compressed("llama", name, 3)
+    assert can_be_compressed(None, "x.weight", 2)
+
+
+def test_the_page_lists_every_family() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "families.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(FAMILIES)
 
 
 NAMES = (

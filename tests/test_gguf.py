@@ -20,6 +20,7 @@ from torch import Tensor
 import mendlm.gguf
 from mendlm.errors import CheckpointError, MissingDependencyError, NonFiniteError, StorageError, UsageError
 from mendlm.gguf import ImportResult, import_gguf
+from tiny import BOS, EOS, byte_letters, tiny_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -38,30 +39,21 @@ LLAMA3_ROPE = dict(
 
 
 def make_model(arch: str, *, tied: bool = True, rope: dict[str, Any] | None = None) -> Any:
-    import transformers
-
-    kind = getattr(transformers, ARCHITECTURES[arch])
-    config = kind.config_class(
+    model = tiny_model(
+        ARCHITECTURES[arch],
+        seed=3,
         vocab_size=260,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=HEAD_DIM[arch],
-        max_position_embeddings=256,
         tie_word_embeddings=tied,
         rope_parameters=rope or {"rope_type": "default", "rope_theta": 10000.0},
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = kind(config).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.ndim == 1:  # norms and biases are all ones or zeros in a fresh model
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-                elif "embed" in name:
-                    parameter.mul_(20)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms and biases are all ones or zeros in a fresh model
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            elif "embed" in name:
+                parameter.mul_(20)
     return model
 
 
@@ -88,14 +80,11 @@ def write_gguf(path: Path, model: Any, arch: str, *, quantization: str = "F32", 
     writer.add_vocab_size(260)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    from tokenizers import pre_tokenizers
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    writer.add_token_list([*letters, "<s>", "</s>", "th", "he"])
+    writer.add_token_list([*byte_letters(), "<s>", "</s>", "th", "he"])
     writer.add_token_types([1] * 256 + [3, 3, 1, 1])
     writer.add_token_merges(["t h", "h e"])
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
     for add, value in changes.get("metadata", []):
         getattr(writer, add)(value)
     table = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), config.num_hidden_layers)

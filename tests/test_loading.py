@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import mendlm
 from mendlm import AcceleratedTLR, Recipe, Unstructured, refine, select_mask
 from mendlm.errors import CheckpointError, MendError, UsageError
-from mendlm.execution.serial import tensor_generator
+from mendlm.execution.tensor import tensor_generator
 from mendlm.runtime import RUNTIMES, SparseLowRankLinear
 
 EPS32 = torch.finfo(torch.float32).eps

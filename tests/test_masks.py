@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,22 +13,32 @@ from hypothesis import strategies as st
 
 import oracle
 from mendlm import NM, Unstructured, select_mask
+from mendlm.config import parse_pattern, pattern_to_dict
 from mendlm.criteria import CRITERIA, AbstractCriterion
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats
-from mendlm.patterns import n_kept_total
-from strategies import matrices, patterns_for
+from mendlm.patterns import Adjustable, Pattern, Tiles, n_kept_total
+from strategies import matrices, patterns_for, stats_for
+
+
+def kept_by_group(mask: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """Units kept of every group; every unit is kept or zeroed as a whole."""
+    d_out, d_in = mask.shape
+    rows, cols = pattern.unit
+    kept = mask.reshape(d_out // rows, rows, d_in // cols, cols).sum(dim=(1, 3))
+    assert torch.all((kept == 0) | (kept == rows * cols))
+    return (kept > 0).reshape(-1, pattern.group_size(d_out, d_in)).sum(dim=1)
 
 
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
 @given(data=st.data(), W=matrices())
 def test_every_group_keeps_exactly_its_count(criterion: str, data: st.DataObject, W: torch.Tensor) -> None:
-    pattern = data.draw(patterns_for(W.shape[1]))
-    mask = select_mask(W, criterion, pattern)
-    group = pattern.group_size(*W.shape)
+    pattern = data.draw(patterns_for(W.shape[1], W.shape[0]))
+    mask = select_mask(W, criterion, pattern, inputs=stats_for(W.shape[1]))
     assert mask.dtype == torch.bool
     assert mask.shape == W.shape
-    assert torch.all(mask.reshape(-1, group).sum(dim=1) == pattern.n_kept(group))
+    assert mask.is_contiguous()
+    assert torch.all(kept_by_group(mask, pattern) == pattern.n_kept(pattern.group_size(*W.shape)))
     assert int(mask.sum()) == n_kept_total(pattern, *W.shape)
 
 
@@ -39,9 +52,46 @@ def test_magnitude_mask_equals_stable_sorting(data: st.DataObject, W: torch.Tens
     np.testing.assert_array_equal(mask.numpy().reshape(-1, group), expected)
 
 
+@pytest.mark.parametrize("pattern", [NM(3, 5), NM(1, 16), NM(0, 3), NM(239, 240), NM(7, 240)], ids=str)
+def test_any_n_of_any_m(pattern: NM) -> None:
+    W = torch.randn(6, 240, generator=torch.Generator().manual_seed(5))
+    mask = select_mask(W, "magnitude", pattern).reshape(6, -1, pattern.m)
+    for row in range(6):
+        for group in range(240 // pattern.m):
+            sizes = W[row].abs().reshape(-1, pattern.m)[group]
+            kept = set(torch.argsort(sizes, descending=True)[: pattern.n].tolist())
+            assert set(mask[row, group].nonzero().flatten().tolist()) == kept
+
+
+def test_tiles_go_by_the_sum_of_their_scores() -> None:
+    W = torch.ones(4, 6)
+    W[0, 0] = 5.0  # the largest entry; its tile sums to 10
+    W[:2, 3:] = -2.0  # 12
+    W[2:, :3] = 1.9  # 11.4; the last tile sums to 6
+    mask = select_mask(W, "magnitude", Tiles(0.5, rows=2, cols=3))
+    here, gone = [True] * 3, [False] * 3
+    assert mask.tolist() == [gone + here] * 2 + [here + gone] * 2
+
+
+@given(data=st.data(), W=matrices())
+def test_tiles_equal_sorting_of_their_sums(data: st.DataObject, W: torch.Tensor) -> None:
+    W = W.round()  # sums of whole numbers are exact in any order
+    d_out, d_in = W.shape
+    pattern = data.draw(patterns_for(d_in, d_out).filter(lambda p: isinstance(p, Tiles)))
+    rows, cols = pattern.unit
+    sums = np.array(
+        [
+            [np.abs(W.numpy()[i : i + rows, j : j + cols]).sum() for j in range(0, d_in, cols)]
+            for i in range(0, d_out, rows)
+        ]
+    )
+    expected = np.kron(oracle.mask_by_sorting(sums, pattern.n_kept(sums.size)), np.ones((rows, cols), bool))
+    np.testing.assert_array_equal(select_mask(W, "magnitude", pattern).numpy(), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pattern", [Unstructured(0.3), Unstructured(0.7, "row"), NM(1, 4)], ids=str)
-def test_half_precision_masks_keep_the_largest(dtype: torch.dtype, pattern: Unstructured | NM) -> None:
+def test_half_precision_masks_keep_the_largest(dtype: torch.dtype, pattern: Pattern) -> None:
     W = torch.randn(32, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     mask = select_mask(W, "magnitude", pattern)
     group = pattern.group_size(*W.shape)
@@ -83,6 +133,8 @@ def test_the_argument_is_not_modified() -> None:
 def test_sparsity_outside_the_unit_interval_is_refused(sparsity: float) -> None:
     with pytest.raises(UsageError, match=r"sparsity must be in \[0, 1\], got"):
         Unstructured(sparsity)
+    with pytest.raises(UsageError, match=r"sparsity must be in \[0, 1\], got"):
+        Tiles(sparsity)
 
 
 def test_bad_patterns_are_refused() -> None:
@@ -92,6 +144,58 @@ def test_bad_patterns_are_refused() -> None:
         NM(4, 4)
     with pytest.raises(UsageError, match=r"2:4 needs d_in divisible by 4, got W of shape \(3, 6\)"):
         select_mask(torch.ones(3, 6), "magnitude", NM(2, 4))
+    with pytest.raises(UsageError, match="sides of a tile must be at least 1, got 0x16"):
+        Tiles(0.5, rows=0)
+    for shape in ((16, 24), (24, 16)):
+        with pytest.raises(
+            UsageError, match=r"tiles of 16x16 need d_out divisible by 16 and d_in by 16, got W of shape"
+        ):
+            select_mask(torch.ones(shape), "magnitude", Tiles(0.5))
+
+
+def test_patterns_are_short_to_read_and_sparsities_can_be_replaced() -> None:
+    patterns = [Unstructured(0.5), Unstructured(1 / 3, "row"), NM(2, 4), Tiles(0.5, 16, 32)]
+    assert [str(pattern) for pattern in patterns] == ["0.5 tensor", "0.3333 row", "2:4", "0.5 16x32"]
+    for pattern in patterns:
+        if isinstance(pattern, Adjustable):
+            changed = dataclasses.replace(pattern, sparsity=0.25)
+            assert n_kept_total(changed, 32, 64) == 1536
+            assert (changed.unit, type(changed)) == (pattern.unit, type(pattern))
+
+
+@pytest.mark.parametrize(
+    ("written", "pattern"),
+    [
+        ("3:5", NM(3, 5)),
+        ({"sparsity": 0.5, "scope": "row"}, Unstructured(0.5, "row")),
+        ({"sparsity": 0.5, "tile": "16x8"}, Tiles(0.5, 16, 8)),
+        ({"sparsity": 1, "tile": [4, 4]}, Tiles(1.0, 4, 4)),
+    ],
+)
+def test_patterns_are_parsed_and_written(written: object, pattern: Pattern) -> None:
+    assert parse_pattern(written) == pattern
+    assert parse_pattern(pattern) is pattern
+    assert parse_pattern(pattern_to_dict(pattern)) == pattern
+    assert json.loads(json.dumps(pattern_to_dict(pattern))) == pattern_to_dict(pattern)
+
+
+@pytest.mark.parametrize("tile", ["16", "16x", "x16", 16, [16], [16, 16, 16], [16.0, 16.0], [True, True], None])
+def test_bad_tiles_are_refused(tile: object) -> None:
+    with pytest.raises(UsageError, match="tile must be rows x columns such as '16x16'"):
+        parse_pattern({"sparsity": 0.5, "tile": tile})
+    with pytest.raises(UsageError, match="pattern must be 'n:m'"):
+        parse_pattern({"sparsity": 0.5, "tile": "16x16", "scope": "row"})
+    with pytest.raises(UsageError, match="sides of a tile must be at least 1"):
+        parse_pattern({"sparsity": 0.5, "tile": "0x16"})
+
+
+@pytest.mark.parametrize("criterion", [name for name, kind in CRITERIA.items() if kind.needs != "weights"])
+def test_missing_statistics_are_refused(criterion: str) -> None:
+    W = torch.ones(4, 6)
+    with pytest.raises(UsageError, match=r"of the inputs\. Calibrate, or pass inputs"):
+        select_mask(W, criterion, Unstructured(0.5))
+    with pytest.raises(UsageError, match=r"the statistics are of 5 inputs, W of shape \(4, 6\) has 6"):
+        select_mask(W, criterion, Unstructured(0.5), inputs=stats_for(5))
 
 
 def test_unknown_criterion_names_the_nearest() -> None:

@@ -15,23 +15,19 @@ from torch import Tensor
 
 from mendlm.errors import CheckpointError, NonFiniteError, UsageError
 from mendlm.evaluation.perplexity import PerplexityResult, evaluate, perplexity
+from tiny import tiny_model
 
 CHUNKED, WHOLE = "base model once, output embedding in chunks", "the model's own forward, a whole window of logits"
+SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=48, max_position_embeddings=64)
 
 
 def llama(**changes: Any) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=64)
-    config = LlamaConfig(**(shape | dict(num_attention_heads=4, num_key_value_heads=2) | changes))
-    return amplified(LlamaForCausalLM, config)
+    return amplified("LlamaForCausalLM", **changes)
 
 
-def amplified(kind: Any, config: Any, factor: float = 40.0) -> Any:
+def amplified(kind: str | type, *, factor: float = 40.0, **changes: Any) -> Any:
     """A random model whose logits spread over several units, as a trained model's do (fresh ones are all near 0)."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = kind(config).eval()
+    model = tiny_model(kind, **(SMALL | changes))
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(factor)
     return model
@@ -136,29 +132,11 @@ def test_bfloat16_models_are_read_in_float32() -> None:
 
 
 def gemma2() -> Any:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    config = Gemma2Config(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        final_logit_softcapping=3.0,
-    )
-    return amplified(Gemma2ForCausalLM, config)
+    return amplified("Gemma2ForCausalLM", head_dim=8, final_logit_softcapping=3.0)
 
 
 def granite() -> Any:
-    from transformers import GraniteConfig, GraniteForCausalLM
-
-    shape = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=64)
-    return amplified(
-        GraniteForCausalLM, GraniteConfig(**shape, num_attention_heads=4, num_key_value_heads=2, logits_scaling=7.0)
-    )
+    return amplified("GraniteForCausalLM", logits_scaling=7.0)
 
 
 def shouting_llama() -> Any:
@@ -171,7 +149,7 @@ def shouting_llama() -> Any:
             out.logits = out.logits * 1.01
             return out
 
-    return amplified(ShoutingLlama, llama().config)
+    return amplified(ShoutingLlama)
 
 
 @pytest.mark.parametrize(("make", "way"), [(gemma2, CHUNKED), (granite, CHUNKED), (shouting_llama, WHOLE)])
@@ -223,7 +201,7 @@ def test_an_overflowing_perplexity_is_infinite_and_null_in_json() -> None:
     result = PerplexityResult(math.inf, 800.0, 15, 1, 16, 1.0, 15.0)
     values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert (values["ppl"], values["nll"]) == (None, 800.0)
-    assert perplexity(amplified(type(llama()), llama().config, 1e6), tokens(16), seqlen=16).ppl == math.inf
+    assert perplexity(llama(factor=1e6), tokens(16), seqlen=16).ppl == math.inf
 
 
 def test_evaluate_reads_a_dense_folder(tiny_llama: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from conftest import TinyLlama
 from mendlm import NM, TLR, Recipe, Unstructured
 from mendlm.checkpoints.staging import has_partial, partial_folder
 from mendlm.errors import StorageError, UsageError
-from mendlm.execution.serial import tensor_generator
+from mendlm.execution.tensor import tensor_generator
 from mendlm.packing import pack_mask, unpack
 from mendlm.pipeline import CompressionResult, Event, TensorDone, TensorStarted, compress, plan
 from mendlm.report.records import read_manifest, read_records

@@ -17,7 +17,7 @@ from mendlm.criteria import CRITERIA
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.patterns import Pattern
 from mendlm.refiners import REFINERS, AbstractRefiner
-from strategies import matrices, patterns_for
+from strategies import matrices, patterns_for, stats_for
 
 EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 
@@ -49,7 +49,7 @@ PATTERNS: list[Pattern] = [Unstructured(0.5), Unstructured(0.6, "row"), NM(2, 4)
 def test_contract(refiner: AbstractRefiner, criterion: str, pattern: Pattern, dtype: torch.dtype) -> None:
     W = planted(24, 40, dtype=dtype)
     before = W.clone()
-    mask = select_mask(W, criterion, pattern)
+    mask = select_mask(W, criterion, pattern, inputs=stats_for(40))
     out = refine(W, mask, refiner)
 
     assert torch.equal(W, before)

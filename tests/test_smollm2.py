@@ -14,7 +14,7 @@ import mendlm
 from mendlm import TLR, PruneOnly, Recipe, Unstructured, refine, select_mask
 from mendlm.evaluation.perplexity import evaluate
 from mendlm.evaluation.text import bundled_text
-from mendlm.execution.serial import tensor_generator
+from mendlm.execution.tensor import tensor_generator
 from mendlm.packing import unpack
 from mendlm.report.records import read_records
 

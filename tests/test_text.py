@@ -16,9 +16,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mendlm.errors import MendError, MissingDependencyError, UsageError
+from mendlm.calibration.windows import DATASETS as CALIBRATION_DATASETS
+from mendlm.errors import CheckpointError, MendError, MissingDependencyError, UsageError
 from mendlm.evaluation import text
-from mendlm.evaluation.text import bundled_text, join_rows, load_dataset_rows, read_text
+from mendlm.evaluation.text import (
+    DATASETS,
+    DatasetSource,
+    bundled_text,
+    join_rows,
+    load_dataset_rows,
+    load_tokenizer,
+    open_dataset,
+    read_text,
+    tokenize,
+)
 
 ROWS = ["", " = Title = \n", "", "caf\u00e9 \u2028 one paragraph\r\n", ""]
 
@@ -153,8 +164,8 @@ class Library(SimpleNamespace):
     def enable_progress_bars(self) -> None:
         self.bars = True
 
-    def load_dataset(self, repo: str, config: str, *, split: str) -> dict[str, list[str]]:
-        self.asked.append((repo, config, split, self.config.HF_HUB_OFFLINE, self.bars))
+    def load_dataset(self, repo: str, *config: str, split: str, **where: Any) -> dict[str, list[str]]:
+        self.asked.append((repo, *config, split, *where.values(), self.config.HF_HUB_OFFLINE, self.bars))
         if repo not in self.known:
             raise ConnectionError(f"Couldn't reach {repo!r} on the Hub (LocalEntryNotFoundError)")
         return {"text": self.known[repo]}
@@ -168,6 +179,44 @@ def test_dataset_rows_come_from_the_cache_when_offline(monkeypatch: pytest.Monke
     place = ("wikitext-2-raw-v1", "test", True, False)
     assert library.asked == [("Salesforce/wikitext", *place), ("wikitext", *place)]
     assert (library.config.HF_HUB_OFFLINE, library.bars) == (False, True)  # put back
+
+
+def test_one_file_of_a_repository_is_asked_for_without_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    library = Library({"org/set": ROWS})
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    source = DatasetSource(("org/set",), None, "train", "text", "en/first.json.gz")
+    assert open_dataset("set", source, option="--flag", instead="FILE") is ROWS  # lazy rows stay lazy
+    assert library.asked == [("org/set", "train", {"train": "en/first.json.gz"}, True, False)]
+
+
+def test_errors_of_the_library_itself_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    class DatasetsError(Exception):
+        pass
+
+    def load_dataset(*args: str, **where: Any) -> None:
+        raise DatasetsError("ExpectedMoreSplits: {'validation'}")
+
+    library = Library({})
+    library.exceptions, library.load_dataset = SimpleNamespace(DatasetsError=DatasetsError), load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    monkeypatch.setattr(text, "_hub_reachable", lambda: True)
+    source = DatasetSource(("org/set",), "config", "train", "text")
+    message = r"'set' \(org/set, config, train\): DatasetsError: ExpectedMoreSplits.*Use FILE, or run once"
+    with pytest.raises(MendError, match=message):
+        open_dataset("set", source, option="--flag", instead="FILE")
+
+
+def test_tokenizers_are_loaded_whole_or_not_at_all(tiny_llama: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_llama)
+    assert tokenizer.decode(tokenize(tokenizer, "the hat")) == "the hat"
+    assert len(tokenize(tokenizer, "x" * 5000)) == 5000  # beyond the model's positions, without a warning
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(CheckpointError, match=r"there is no vocabulary in it\. Copy the tokenizer's files"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version"')
+    with pytest.raises(CheckpointError, match=r"cannot load a tokenizer from '.*[^.]\. Copy the tokenizer's files"):
+        load_tokenizer(tmp_path)
 
 
 def test_no_network_and_no_cache_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,9 +242,12 @@ def test_the_hub_is_probed_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> No
     assert text._hub_reachable()  # only the proxy can tell
 
 
-def test_the_real_library_fails_fast_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "source"), [*DATASETS.items(), *CALIBRATION_DATASETS.items()])
+def test_the_real_library_fails_fast_offline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, source: DatasetSource
+) -> None:
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(MendError, match=r"cannot load data set 'wikitext2'"):
-        load_dataset_rows("wikitext2")
+    with pytest.raises(MendError, match=rf"cannot load data set '{name}' .* there is no network .* Use FILE"):
+        open_dataset(name, source, option="--flag", instead="FILE")

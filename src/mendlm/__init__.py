@@ -23,6 +23,7 @@ _LAZY = {
     "SparseLowRank": "mendlm.decomposition",
     "SparseLowRankLinear": "mendlm.runtime",
     "TLR": "mendlm.refiners",
+    "Tiles": "mendlm.patterns",
     "Unstructured": "mendlm.patterns",
     "ZeroShotSVD": "mendlm.refiners",
     "compress": "mendlm.pipeline",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from mendlm.inputs import InputStats as InputStats
     from mendlm.loading import load as load
     from mendlm.patterns import NM as NM
+    from mendlm.patterns import Tiles as Tiles
     from mendlm.patterns import Unstructured as Unstructured
     from mendlm.pipeline import CompressionResult as CompressionResult
     from mendlm.pipeline import compress as compress

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -19,7 +18,8 @@ from mendlm.criteria import CRITERIA, AbstractCriterion, Needs
 from mendlm.errors import UsageError
 from mendlm.inputs import DeadColumns
 from mendlm.names import lookup
-from mendlm.patterns import NM, Pattern, Unstructured
+from mendlm.patterns import NM, Adjustable, Pattern, Tiles, Unstructured
+from mendlm.recipe_errors import recipe_error
 from mendlm.refiners import REFINERS, AbstractRefiner, PruneOnly
 
 DEFAULT_RANK = "5%"
@@ -27,13 +27,16 @@ StorageName = Literal["bfloat16", "float16", "float32"]
 
 
 def parse_pattern(value: object) -> Pattern:
-    """A pattern from an instance, ``"2:4"``, ``{"n": 2, "m": 4}`` or ``{"sparsity": 0.5, "scope": "row"}``.
+    """A pattern from an instance, a string or a mapping.
+
+    ``"2:4"``, ``{"n": 2, "m": 4}``, ``{"sparsity": 0.5, "scope": "row"}``, ``{"sparsity": 0.5, "tile": "16x16"}`` (also
+    ``[16, 16]``).
 
     Raises
     ------
     UsageError : none of these, or values out of range.
     """
-    if isinstance(value, Unstructured | NM):
+    if isinstance(value, Pattern):
         return value
     if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", value)):
         return NM(int(match[1]), int(match[2]))
@@ -41,20 +44,34 @@ def parse_pattern(value: object) -> Pattern:
         keys = set(value)
         if keys == {"n", "m"} and all(type(v) is int for v in value.values()):
             return NM(value["n"], value["m"])
-        if "sparsity" in keys and keys <= {"sparsity", "scope"}:
+        if "sparsity" in keys and (keys <= {"sparsity", "scope"} or keys == {"sparsity", "tile"}):
             sparsity = value["sparsity"]
             if isinstance(sparsity, bool) or not isinstance(sparsity, int | float):
                 raise UsageError(f"sparsity must be a number in [0, 1], got {sparsity!r}.")
+            if "tile" in keys:
+                return Tiles(float(sparsity), *_parse_tile(value["tile"]))
             return Unstructured(float(sparsity), value.get("scope", "tensor"))
     raise UsageError(
-        f"pattern must be 'n:m' such as '2:4', {{n: 2, m: 4}} or {{sparsity: 0.5, scope: tensor}}, got {value!r}."
+        "pattern must be 'n:m' such as '2:4', {n: 2, m: 4}, {sparsity: 0.5, scope: tensor} or "
+        f"{{sparsity: 0.5, tile: 16x16}}, got {value!r}."
     )
+
+
+def _parse_tile(value: object) -> tuple[int, int]:
+    """(rows, columns) of a tile from ``"16x16"`` or a pair of whole numbers."""
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*", value)):
+        return int(match[1]), int(match[2])
+    if isinstance(value, list | tuple) and len(value) == 2 and all(type(side) is int for side in value):
+        return value[0], value[1]
+    raise UsageError(f"tile must be rows x columns such as '16x16' or [16, 16], got {value!r}.")
 
 
 def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
     """The inverse of `parse_pattern`, as a mapping."""
     if isinstance(pattern, NM):
         return {"n": pattern.n, "m": pattern.m}
+    if isinstance(pattern, Tiles):
+        return {"sparsity": pattern.sparsity, "tile": [pattern.rows, pattern.cols]}
     return {"sparsity": pattern.sparsity, "scope": pattern.scope}
 
 
@@ -210,11 +227,11 @@ class Recipe(BaseModel):
     dtype: Annotated[StorageName | None, BeforeValidator(_parse_dtype)] = None
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, /, **fields: Any) -> None:
         try:
             super().__init__(**fields)
         except ValidationError as err:
-            raise UsageError(_sentence(err)) from None
+            raise recipe_error(err, type(self)) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -252,8 +269,8 @@ class Recipe(BaseModel):
                 raise UsageError(f"metric {self.metric!r} weighs the inputs, so it needs {data}.")
             if self.layer_sparsity is not None:
                 raise UsageError(f"layer_sparsity 'owl' weighs the inputs, so it needs {data}.")
-        if self.layer_sparsity is not None and not isinstance(self.pattern, Unstructured):
-            raise UsageError(f"layer_sparsity 'owl' needs an unstructured pattern, got {self.pattern}.")
+        if self.layer_sparsity is not None and not isinstance(self.pattern, Adjustable):
+            raise UsageError(f"layer_sparsity 'owl' needs a pattern with a sparsity of its own, got {self.pattern}.")
         if self.metric not in ("auto", *self._refiner_class().metrics):
             known = ", ".join(self._refiner_class().metrics)
             raise UsageError(f"refiner {self._refiner_class().name!r} has no metric {self.metric!r}. It has: {known}.")
@@ -274,7 +291,7 @@ class Recipe(BaseModel):
             return self.metric
         if self.calibration is None:
             return "plain"
-        return "gram" if "gram" in self._refiner_class().metrics else "diagonal"
+        return self._refiner_class().calibrated_metric
 
     @property
     def needs(self) -> Needs:
@@ -284,19 +301,23 @@ class Recipe(BaseModel):
         return max(wanted, key=("weights", "second_moment", "gram").index)
 
     def criterion_object(self) -> AbstractCriterion:
-        """The criterion with its options."""
-        return CRITERIA[self.criterion](**self.criterion_options)
+        """The criterion with its options; one that damps a Gram matrix takes the recipe's damping if it has none."""
+        kind = CRITERIA[self.criterion]
+        options = self.criterion_options
+        if "damping" in {f.name for f in dataclasses.fields(kind)}:  # type: ignore[arg-type]
+            options = {"damping": self.damping} | options
+        return kind(**options)
 
     def pattern_for(self, name: str, sparsity: float | None = None) -> Pattern:
         """The pattern of the tensor `name`; `sparsity` is what `layer_sparsity` chose for it, if anything."""
         pattern = self.pattern
-        if sparsity is not None and isinstance(pattern, Unstructured):
+        if sparsity is not None and isinstance(pattern, Adjustable):
             pattern = dataclasses.replace(pattern, sparsity=sparsity)
         for override in self._matching(name):
             if override.pattern is not None:
                 pattern = override.pattern
             if override.sparsity is not None:
-                if not isinstance(pattern, Unstructured):
+                if not isinstance(pattern, Adjustable):
                     raise UsageError(f"override {override.match!r} sets a sparsity but the pattern is {pattern}.")
                 pattern = dataclasses.replace(pattern, sparsity=override.sparsity)
         return pattern
@@ -355,20 +376,12 @@ class Recipe(BaseModel):
 
         Raises
         ------
-        UsageError : the file is missing, is not valid YAML or JSON, is no mapping, or holds a bad field.
+        UsageError : the file is missing, is not valid YAML or JSON, is no mapping, or holds a bad, unknown or repeated
+            field; one sentence with file, line and field.
         """
-        path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as err:
-            raise UsageError(f"cannot read recipe {str(path)!r}: {err}.") from err
-        fields = _parse_json(text, path) if path.suffix.lower() == ".json" else _parse_yaml(text, path)
-        if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
-            raise UsageError(f"recipe {path.name!r} must be a mapping of fields, e.g. 'rank: 5%', got {fields!r}.")
-        try:
-            return cls(**fields)
-        except UsageError as err:
-            raise UsageError(f"{err} [{path.name}]") from None
+        from mendlm.recipe_files import read_recipe
+
+        return read_recipe(path, cls)
 
 
 def _spread_criterion(data: dict[str, Any]) -> None:
@@ -409,50 +422,3 @@ def _check_value(what: str, value: object, hint: Any) -> None:
         raise UsageError(f"{what} must be a number, got {value!r}.")
     elif hint is bool and not isinstance(value, bool):
         raise UsageError(f"{what} must be true or false, got {value!r}.")
-
-
-def _sentence(err: ValidationError) -> str:
-    """The first problem pydantic found, as one sentence with field and value."""
-    problem = err.errors()[0]
-    cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, UsageError):
-        return str(cause)
-    field = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        if field in ("sparsity", "scope", "n", "m"):
-            return (
-                f"{field!r} belongs into 'pattern': write pattern: {{sparsity: 0.5, scope: tensor}} or pattern: '2:4'."
-            )
-        near = get_close_matches(field, Recipe.model_fields, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"unknown recipe field {field!r}.{hint} Fields: {', '.join(Recipe.model_fields)}."
-    name = str(problem["loc"][0]) if problem["loc"] else "recipe"
-    return f"{name}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}."
-
-
-def _parse_json(text: str, path: Path) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as err:
-        raise UsageError(f"recipe {path.name!r} is not valid JSON: {err}.") from err
-
-
-def _parse_yaml(text: str, path: Path) -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Safe YAML whose numbers are those of YAML 1.2: in 1.1, ``2:4`` is the integer 124 and ``1e-4`` a string."""
-
-    number = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, regexp) for tag, regexp in rules if tag not in number]
-        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    digits = list("-+.0123456789")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9]*)$"), digits)
-    decimal = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(decimal), digits)
-    try:
-        return yaml.load(text, Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as err:
-        raise UsageError(f"recipe {path.name!r} is not valid YAML: {' '.join(str(err).split())}.") from err

@@ -1,27 +1,77 @@
-"""Which tensors of a checkpoint are projections inside the blocks: one small table of name patterns.
+"""Which tensors of a checkpoint are projections inside the blocks, and how they are stored: one small table.
 
-Model knowledge lives here and nowhere else. A family is listed only if its checkpoints store every projection as
-``nn.Linear`` does, (d_out, d_in), under ``layers.<i>.``. Never listed: embeddings, norms, ``lm_head`` and the routers
-of mixtures of experts (``mlp.gate``, ``block_sparse_moe.gate``, ``shared_expert_gate``).
+Model knowledge lives here and nowhere else. Never listed: embeddings, norms, ``lm_head`` and the routers of mixtures of
+experts (``mlp.gate``, ``block_sparse_moe.gate``, ``shared_expert_gate``).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from mendlm.errors import UsageError
 
+
+@dataclass(frozen=True)
+class Family:
+    """How one family names and stores its projections.
+
+    Attributes
+    ----------
+    projections : regexes of the modules inside a block whose ``.weight`` is a projection.
+    blocks : name of the list of blocks.
+    transposed : whether these weights are stored as (d_in, d_out), as `Conv1D` of transformers does.
+    stacked : regex of the tensors inside a block that hold one (d_out, d_in) matrix for each expert, if there are any.
+    renames : pairs of a part of a tensor's name and what transformers calls it in the tree of modules.
+    """
+
+    projections: tuple[str, ...]
+    blocks: str = "layers"
+    transposed: bool = False
+    stacked: str | None = None
+    renames: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """Names of the projections of one expert, ``down(act(gate(x)) * up(x))``.
+
+    Attributes
+    ----------
+    gate_up : (gate, up), or the one that computes both, gate first.
+    down : the last one.
+    """
+
+    gate_up: tuple[str, ...]
+    down: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.gate_up, self.down)
+
+
+# The last one is that of experts stacked into 3-D tensors.
+EXPERT_LAYOUTS = (
+    ExpertLayout(("gate_proj", "up_proj"), "down_proj"),
+    ExpertLayout(("w1", "w3"), "w2"),
+    ExpertLayout(("gate_up_proj",), "down_proj"),
+)
+STACKED_LAYOUT = EXPERT_LAYOUTS[-1]
+
 _ATTENTION = r"self_attn\.[qkvo]_proj"
 _GATED = r"(?:gate|up|down)_proj"
-_LLAMA = (_ATTENTION, rf"mlp\.{_GATED}")
-_GLM = (_ATTENTION, r"mlp\.(?:gate_up|down)_proj")
+_GATED_MLP = rf"mlp\.{_GATED}"
 _EXPERTS = rf"mlp\.experts\.\d+\.{_GATED}"
+_STACKED = r"mlp\.experts\.(?:gate_up|down)_proj"
+_LLAMA = Family((_ATTENTION, _GATED_MLP))
+_GLM = Family((_ATTENTION, r"mlp\.(?:gate_up|down)_proj"))
 
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "arcee": (_ATTENTION, r"mlp\.(?:up|down)_proj"),
+FAMILIES: dict[str, Family] = {
+    "arcee": Family((_ATTENTION, r"mlp\.(?:up|down)_proj")),
     "cohere": _LLAMA,
     "cohere2": _LLAMA,
     "ernie4_5": _LLAMA,
@@ -31,32 +81,92 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "gemma3_text": _LLAMA,
     "glm": _GLM,
     "glm4": _GLM,
-    "gpt_neox": (r"attention\.(?:query_key_value|dense)", r"mlp\.dense_(?:h_to_4h|4h_to_h)"),
+    "gpt2": Family((r"attn\.c_(?:attn|proj)", r"mlp\.c_(?:fc|proj)"), blocks="h", transposed=True),
+    "gpt_neox": Family((r"attention\.(?:query_key_value|dense)", r"mlp\.dense_(?:h_to_4h|4h_to_h)")),
     "granite": _LLAMA,
     "helium": _LLAMA,
     "llama": _LLAMA,
     "ministral3": _LLAMA,
     "mistral": _LLAMA,
-    "mixtral": (_ATTENTION, r"block_sparse_moe\.experts\.\d+\.w[123]"),
+    "mixtral": Family(
+        (_ATTENTION, r"(?:block_sparse_moe|mlp)\.experts\.\d+\.w[123]"),
+        stacked=_STACKED,
+        renames=((".block_sparse_moe.", ".mlp."),),
+    ),
     "olmo": _LLAMA,
     "olmo2": _LLAMA,
     "olmo3": _LLAMA,
-    "olmoe": (_ATTENTION, _EXPERTS),
-    "opt": (r"self_attn\.(?:[qkv]|out)_proj", r"fc[12]"),
-    "phi": (r"self_attn\.(?:[qkv]_proj|dense)", r"mlp\.fc[12]"),
-    "phi3": (r"self_attn\.(?:qkv|o)_proj", r"mlp\.(?:gate_up|down)_proj"),
+    "olmoe": Family((_ATTENTION, _EXPERTS), stacked=_STACKED),
+    "opt": Family((r"self_attn\.(?:[qkv]|out)_proj", r"fc[12]")),
+    "phi": Family((r"self_attn\.(?:[qkv]_proj|dense)", r"mlp\.fc[12]")),
+    "phi3": Family((r"self_attn\.(?:qkv|o)_proj", r"mlp\.(?:gate_up|down)_proj")),
     "qwen2": _LLAMA,
-    "qwen2_moe": (*_LLAMA, _EXPERTS, rf"mlp\.shared_expert\.{_GATED}"),
+    "qwen2_moe": Family((_ATTENTION, _GATED_MLP, _EXPERTS, rf"mlp\.shared_expert\.{_GATED}"), stacked=_STACKED),
     "qwen3": _LLAMA,
-    "qwen3_moe": (*_LLAMA, _EXPERTS),
+    "qwen3_moe": Family((_ATTENTION, _GATED_MLP, _EXPERTS), stacked=_STACKED),
     "seed_oss": _LLAMA,
     "smollm3": _LLAMA,
     "stablelm": _LLAMA,
-    "starcoder2": (_ATTENTION, r"mlp\.c_(?:fc|proj)"),
+    "starcoder2": Family((_ATTENTION, r"mlp\.c_(?:fc|proj)")),
 }
 
 # Looked up by row, not multiplied: the packed layout and its modules are for matrix products.
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|embed_positions|embed_in|word_embeddings|wte|wpe)\.weight$")
+_BLOCK_LISTS = "|".join(sorted({family.blocks for family in FAMILIES.values()}))
+_IN_BLOCK = re.compile(rf"((?:.*?\.)?(?:{_BLOCK_LISTS}))\.(\d+)\.(.+)", re.DOTALL)
+_EXPERT = re.compile(rf"(.+)\.(\d+)\.({'|'.join(sorted({n for lay in EXPERT_LAYOUTS for n in lay.names}))})")
+
+
+def split_block(name: str) -> tuple[str, int, str] | None:
+    """("model.layers", 3, "mlp.up_proj.weight") of "model.layers.3.mlp.up_proj.weight"; None outside the blocks."""
+    found = _IN_BLOCK.fullmatch(name)
+    return None if found is None else (found[1], int(found[2]), found[3])
+
+
+def block_of(name: str, model_type: str | None) -> int | None:
+    """Index of the block that a tensor belongs to, norms and biases included; None for what is outside of them.
+
+    For an unknown `model_type` every name of a list of blocks counts.
+    """
+    found = split_block(name)
+    if found is None:
+        return None
+    family = FAMILIES.get(str(model_type))
+    return found[1] if family is None or found[0].rpartition(".")[2] == family.blocks else None
+
+
+def module_name(model_type: str | None, name: str) -> str:
+    """What transformers calls a tensor of the checkpoint in the tree of modules; the prefix stays as it is."""
+    family = FAMILIES.get(str(model_type))
+    for old, new in family.renames if family is not None else ():
+        name = name.replace(old, new)
+    return name
+
+
+def split_expert(path: str) -> tuple[str, int, str] | None:
+    """("….experts", 5, "up_proj") of the module path "….experts.5.up_proj"; None if it is no expert's projection."""
+    found = _EXPERT.fullmatch(path)
+    return None if found is None else (found[1], int(found[2]), found[3])
+
+
+def expert_name(name: str, index: int) -> str:
+    """The name that slice `index` of a stacked tensor is compressed under: ``….experts.5.down_proj.weight``."""
+    path, _, projection = name.rpartition(".")
+    return f"{path}.{index}.{projection}.weight"
+
+
+def is_transposed(model_type: str | None, name: str) -> bool:
+    """Whether a tensor is a projection that its family stores as (d_in, d_out)."""
+    family = FAMILIES.get(str(model_type))
+    return family is not None and family.transposed and _block_pattern(model_type).search(name) is not None
+
+
+def can_be_compressed(model_type: str | None, name: str, n_dim: int) -> bool:
+    """Whether a floating tensor is a matrix, or one matrix for each expert in a family that stacks them."""
+    family = FAMILIES.get(str(model_type))
+    if n_dim == 3 and family is not None and family.stacked is not None:
+        return _block_regex(family.blocks, family.stacked).search(name) is not None
+    return n_dim == 2 and name.endswith(".weight")
 
 
 def choose_tensors(
@@ -72,7 +182,7 @@ def choose_tensors(
     Parameters
     ----------
     model_type : `model_type` of config.json, a key of `FAMILIES`; not looked at when `include` is given.
-    candidates : the names that could be compressed at all: 2-D, floating, ending in ``.weight``.
+    candidates : the names that could be compressed at all: floating, and `can_be_compressed`.
     all_names : every tensor of the checkpoint.
     include : globs (`fnmatch`, case-sensitive). If given, exactly the candidates that match any of them are chosen.
     exclude : globs; what they match is taken out of the choice.
@@ -116,13 +226,14 @@ def _check_include(glob: str, candidates: Sequence[str], all_names: Collection[s
     if other is not None:
         raise UsageError(
             f"--include {glob!r} matches {other!r} but no tensor that can be compressed: "
-            "2-D, F64, F32, F16 or BF16, with a name that ends in '.weight'."
+            "2-D, F64, F32, F16 or BF16, with a name that ends in '.weight' (or 3-D experts of a family that is known)."
         )
     raise UsageError(f"--include {glob!r} matches no tensor of this checkpoint, e.g. {_example(candidates)}.")
 
 
 def _block_pattern(model_type: str | None) -> re.Pattern[str]:
-    if model_type not in FAMILIES:
+    family = FAMILIES.get(str(model_type))
+    if family is None:
         near = get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.75)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         known = ", ".join(sorted(FAMILIES))
@@ -130,7 +241,12 @@ def _block_pattern(model_type: str | None) -> re.Pattern[str]:
             f"unknown architecture: model_type {model_type!r} in config.json.{hint} Known: {known}. "
             "For another decoder whose projections are stored as (d_out, d_in), name them with --include."
         )
-    return re.compile(rf"(?:^|\.)layers\.\d+\.(?:{'|'.join(FAMILIES[model_type])})\.weight$")
+    weights = rf"(?:{'|'.join(family.projections)})\.weight"
+    return _block_regex(family.blocks, weights if family.stacked is None else f"(?:{weights}|{family.stacked})")
+
+
+def _block_regex(blocks: str, rest: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:^|\.){blocks}\.\d+\.{rest}$")
 
 
 def _example(names: Sequence[str]) -> str:

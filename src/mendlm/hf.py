@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mendlm.checkpoints.header import TensorInfo, read_header
-from mendlm.errors import CheckpointError, UsageError, located
+from mendlm.errors import CheckpointError, MendError, UsageError, located
+from mendlm.experts import SparseLowRankExperts, expert_layout, is_fused_experts
+from mendlm.families import STACKED_LAYOUT, is_transposed, split_expert
 from mendlm.runtime import SparseLowRankLinear, resolve_runtime
 
 logger = logging.getLogger(__name__)
@@ -35,7 +41,7 @@ class MendlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ----------
     version, layout : of the file format.
     guard : name of the empty tensor that stops loaders which do not know this method.
-    modules : module path -> {"n_kept": int, "rank": int}.
+    modules : path of a compressed module, as the checkpoint names it -> {"n_kept": int, "rank": int}.
     runtime : "auto", "merged", "factored" or "packed"; a choice of the moment, not saved. transformers ignores it in a
         config passed to `from_pretrained`, so use `mendlm.load`.
 
@@ -81,10 +87,20 @@ class MendlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts `SparseLowRankLinear` where the config says, and checks everything it is given."""
+    """Puts `SparseLowRankLinear` where the config says, and checks everything it is given.
+
+    Attributes
+    ----------
+    paths : path of each compressed module, as `save_pretrained` will write it -> its path in this model.
+    guard : name of the guard in this model.
+    experts : path in this model of each module of experts that was taken apart.
+    """
 
     requires_calibration = True  # refuses to "quantize" a dense model on the fly
     quantization_config: MendlmConfig
+    paths: Mapping[str, str]
+    guard: str | None
+    experts: tuple[str, ...]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a file format of another time."""
@@ -102,35 +118,47 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
             raise UsageError("a compressed model is loaded from the files of its folder, not from a state_dict.")
         stored = _stored_tensors(files)
         _check_all_listed(stored, config.modules)
-        paths = {path: _path_in_model(model, path) for path in config.modules}
+        names = _Names(model)
+        places = {path: names.in_model(path) for path in config.modules}
+        self.experts = _take_experts_apart(model, places, stored)
+        self._inside = frozenset(change(place) for place in self.experts for change in names.prefix_changes())
         for path, facts in config.modules.items():
-            linear = _linear_at(model, paths[path])
-            n_kept, rank = _facts(path, facts)
-            with torch.device("meta"):
-                layer = SparseLowRankLinear(
-                    linear.in_features,
-                    linear.out_features,
-                    n_kept=n_kept,
-                    rank=rank,
-                    bias=linear.bias is not None,
-                    dtype=linear.weight.dtype,
-                )
+            layer = _packed_layer(model, path, places[path], *_facts(path, facts))
             _check_stored(path, layer, stored)
-            model.set_submodule(paths[path], layer)
-        # From here on in the names of this model, which are those that save_pretrained will write.
-        config.modules = {paths[path]: facts for path, facts in config.modules.items()}
+            object.__setattr__(layer, "weight", _initialized())
+            model.set_submodule(places[path], layer)
+        # From here on in the names that save_pretrained will write for this model.
+        config.modules = {names.when_saved(path, places[path]): facts for path, facts in config.modules.items()}
+        self.paths = dict(zip(config.modules, places.values(), strict=True))
+        self.guard = None
         if config.guard is not None:
-            module = config.guard.removesuffix(".weight")
-            names = {config.guard, f"{paths.get(module, module)}.weight"}
-            known = model._keys_to_ignore_on_load_unexpected or ()
-            model._keys_to_ignore_on_load_unexpected = {*known, *(f"^{re.escape(name)}$" for name in names)}
-            config.guard = f"{paths.get(module, module)}.weight"
+            self._expect_guard(model, names, config.guard)
         return model
+
+    def _expect_guard(self, model: Any, names: _Names, guard: str) -> None:
+        """Let transformers pass over the guard without a word."""
+        module, _, leaf = guard.rpartition(".")
+        place = names.in_model(module)
+        self.guard = f"{place}.{leaf}"
+        self.quantization_config.guard = f"{names.when_saved(module, place)}.{leaf}"
+        known = model._keys_to_ignore_on_load_unexpected or ()
+        seen = {guard, f"{names.renamed(module)}.{leaf}", self.guard}
+        model._keys_to_ignore_on_load_unexpected = {*known, *(f"^{re.escape(name)}$" for name in seen)}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Let transformers stack the experts of no module that was taken apart."""
+        if self.experts:
+            weight_conversions = [
+                _Elsewhere.than(self._inside, c) if type(c) is WeightConverter else c for c in weight_conversions
+            ]
+        self._conversions = weight_conversions
+        return weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
-        for path in config.modules:
-            layer = model.get_submodule(path)
+        for path, place in self.paths.items():
+            layer = model.get_submodule(place)
+            object.__delattr__(layer, "weight")
             if layer.weight_values.is_meta:
                 _check_offload(path, config.runtime)
                 continue
@@ -140,8 +168,30 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise located(err, path) from err
             layer.set_runtime(config.runtime)
         if config.runtime == "merged":
+            self._restore(model)
             logger.info("the model is merged: it is dense now and save_pretrained writes it as an ordinary checkpoint")
+        self._conversions = []
         return model
+
+    def _restore(self, model: Any) -> None:
+        """Put back the modules of transformers that a merged `SparseLowRankLinear` is no substitute for."""
+        for path, place in self.paths.items():
+            layer = model.get_submodule(place)
+            if is_transposed(model.config.model_type, f"{path}.weight"):
+                model.set_submodule(place, _conv1d(layer))
+        for place in self.experts:
+            experts = model.get_submodule(place)
+            if any(weight.is_meta for weight in experts.parameters()):
+                _check_offload(place, "merged")
+            if experts.layout != STACKED_LAYOUT:
+                # transformers notes which of its conversions it used, and undoes those when it saves.
+                for conversion in self._conversions:
+                    if isinstance(conversion, _Elsewhere):
+                        for name in experts.layout.names:
+                            conversion.was_used_for(f"{place}.0.{name}.weight")
+            model.set_submodule(place, experts.fuse())
+        if self.experts:
+            model._weight_conversions = [conversion for conversion in self._conversions if conversion.was_used()]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The packed tensors, and the guard with them.
@@ -150,17 +200,16 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
         ------
         UsageError : a layer was merged by hand: config.json would promise packed tensors that no longer exist.
         """
-        for path in self.quantization_config.modules:
-            if model.get_submodule(path).runtime == "merged":
+        layers = {path: model.get_submodule(place) for path, place in self.paths.items()}
+        for path, layer in layers.items():
+            if layer.runtime == "merged":
                 raise UsageError(
                     f"{path!r} is merged and the model is not, so it cannot be saved in the packed layout. "
                     "Load the checkpoint again with one runtime."
                 )
         state: dict[str, Tensor] = model.state_dict()
-        guard = self.quantization_config.guard
-        if guard is not None:
-            layer = model.get_submodule(guard.removesuffix(".weight"))
-            state[guard] = torch.empty(0, dtype=layer.lora_A.dtype)
+        if self.guard is not None:
+            state[self.guard] = torch.empty(0, dtype=next(iter(layers.values())).lora_A.dtype)
         return state, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -187,16 +236,106 @@ def register() -> None:
         auto.register_quantizer(METHOD)(MendlmQuantizer)
 
 
-def _path_in_model(model: Any, path: str) -> str:
-    """`path` of the checkpoint as this model names it; a model without a head has no ``model.`` in front."""
-    prefix = f"{model.base_model_prefix}."
-    for candidate in (path, path.removeprefix(prefix), prefix + path):
-        try:
-            model.get_submodule(candidate)
-        except AttributeError:
+class _Names:
+    """What the modules of a checkpoint are called in a model, and what `save_pretrained` will call them.
+
+    The two differ where transformers renames tensors on loading, which it undoes on saving, and in the prefix of the
+    base model, which a model without a head does not have.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._prefix = f"{model.base_model_prefix}."
+        self._renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+
+    def renamed(self, path: str) -> str:
+        """With the names of transformers, but the prefix of the checkpoint."""
+        name = f"{path}.weight"
+        for renaming in self._renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name.removesuffix(".weight")
+
+    def in_model(self, path: str) -> str:
+        """Path in the model; where there is none, what it would be called."""
+        renamed = self.renamed(path)
+        for change in self.prefix_changes():
+            if self._exists(change(renamed)):
+                return change(renamed)
+        return renamed
+
+    def when_saved(self, path: str, place: str) -> str:
+        """What the module of the checkpoint that is at `place` will be called in another one."""
+        renamed = self.renamed(path)
+        return next((change(path) for change in self.prefix_changes() if change(renamed) == place), path)
+
+    def prefix_changes(self) -> tuple[Callable[[str], str], ...]:
+        """Ways in which the prefix of a checkpoint may differ from the model's."""
+        prefix = self._prefix
+        return (str, lambda path: path.removeprefix(prefix), lambda path: prefix + path)
+
+    def _exists(self, path: str) -> bool:
+        expert = split_expert(path)
+        fused = None if expert is None else _submodule(self._model, expert[0])
+        return _submodule(self._model, path) is not None or is_fused_experts(fused)
+
+
+class _Elsewhere(WeightConverter):  # type: ignore[misc]
+    """A conversion that leaves alone what is inside some modules."""
+
+    inside: frozenset[str] = frozenset()
+
+    @classmethod
+    def than(cls, inside: frozenset[str], converter: Any) -> _Elsewhere:
+        """`converter`, but for what is inside the modules `inside`."""
+        new = cls(
+            list(converter._original_source_patterns),
+            list(converter._original_target_patterns),
+            operations=converter.operations,
+        )
+        for name in ("scope_prefix", "base_model_prefix", "force_cpu"):
+            if hasattr(converter, name):
+                setattr(new, name, getattr(converter, name))
+        new.inside = inside
+        return new
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """(`source_key`, None), which says "no match", for what is inside."""
+        parts = source_key.split(".")
+        if not self.inside.isdisjoint(".".join(parts[:n]) for n in range(1, len(parts))):
+            return source_key, None
+        renamed: tuple[str, str | None] = super().rename_source_key(source_key)
+        return renamed
+
+    def was_used_for(self, source_key: str) -> None:
+        """Note that the checkpoint had a tensor `source_key`, if the conversion is for such a one."""
+        super().rename_source_key(source_key)
+
+
+def _take_experts_apart(model: Any, places: Mapping[str, str], stored: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """Replace the fused experts that have a compressed projection; their paths in the model."""
+    found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    sources: dict[str, str] = {}
+    for path, place in places.items():
+        expert, source = split_expert(place), split_expert(path)
+        if expert is None or source is None or not is_fused_experts(_submodule(model, expert[0])):
             continue
-        return candidate
-    return path
+        found[expert[0]][expert[2]].append(expert[1])
+        sources[expert[0]] = source[0]
+    for place, indices in found.items():
+        fused = model.get_submodule(place)
+        stacked = any(f"{sources[place]}.{name}" in stored for name in STACKED_LAYOUT.names)
+        try:
+            layout = expert_layout(indices, stacked=stacked)
+        except MendError as err:
+            raise located(err, place) from err
+        kept: list[str] = []
+        if layout == STACKED_LAYOUT:
+            kept = [name for name in layout.names if name not in indices]
+            for name, some in indices.items():
+                if sorted(some) != list(range(fused.down_proj.shape[0])):
+                    raise CheckpointError(f"config.json lists {place}.*.{name} for some experts only. Fetch it again.")
+        model.set_submodule(place, SparseLowRankExperts(fused, layout, kept))
+    return tuple(found)
 
 
 def _check_all_listed(stored: Mapping[str, TensorInfo], modules: Mapping[str, Any]) -> None:
@@ -219,18 +358,49 @@ def _check_offload(path: str, runtime: str) -> None:
         )
 
 
-def _linear_at(model: Any, path: str) -> nn.Linear:
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        module = None
-    if not isinstance(module, nn.Linear):
+def _packed_layer(model: Any, path: str, place: str, n_kept: int, rank: int) -> SparseLowRankLinear:
+    """An unfilled layer in place of the dense one."""
+    module = _submodule(model, place)
+    # Asked of the table and of the model, as the shape of a square matrix does not tell which way round it is.
+    transposed = is_transposed(model.config.model_type, f"{path}.weight")
+    if isinstance(module, Conv1D) and transposed:
+        d_in, d_out = module.weight.shape
+    elif isinstance(module, nn.Linear) and not transposed:
+        d_out, d_in = module.weight.shape
+    else:
         found = "no such module" if module is None else f"a {type(module).__name__} there"
         raise CheckpointError(
-            f"the checkpoint has a compressed linear layer {path!r} but {type(model).__name__} has {found}. Loading "
-            "experts that transformers fuses into one tensor is not supported yet; otherwise config.json does not fit "
-            "the model."
+            f"the checkpoint has a compressed linear layer {path!r}"
+            f"{', turned from (d_in, d_out),' if transposed else ''} but {type(model).__name__} has {found}. "
+            "config.json does not fit the model, or mendlm does not know how this family keeps its weights."
         )
+    with torch.device("meta"):
+        return SparseLowRankLinear(
+            d_in, d_out, n_kept=n_kept, rank=rank, bias=module.bias is not None, dtype=module.weight.dtype
+        )
+
+
+def _initialized() -> Tensor:
+    """What a layer shows as its weight while it is loaded: some models (GPT-2) initialise that of a child by name."""
+    weight = torch.empty(0, device="meta")
+    setattr(weight, "_is_hf_initialized", True)  # noqa: B010 (transformers' own mark, unknown to type checkers)
+    return weight
+
+
+def _conv1d(layer: SparseLowRankLinear) -> nn.Module:
+    """A `Conv1D` with the weight and the bias of a merged layer."""
+    with torch.device("meta"):
+        conv: nn.Module = Conv1D(layer.out_features, layer.in_features)
+    conv.weight = nn.Parameter(layer.weight.detach().T.contiguous())
+    conv.register_parameter("bias", layer.bias)
+    return conv.train(layer.training)
+
+
+def _submodule(model: Any, path: str) -> nn.Module | None:
+    try:
+        module: nn.Module = model.get_submodule(path)
+    except AttributeError:
+        return None
     return module
 
 

@@ -9,19 +9,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mendlm.patterns import Pattern
+from mendlm.linalg import compute_dtype
+from mendlm.patterns import SINGLE, Pattern
 
 
 def mask_from_scores(scores: Tensor, pattern: Pattern) -> Tensor:
-    """Keep the `pattern.n_kept` largest finite `scores` (d_out, d_in) of every group; ties go to the earlier entry."""
-    d_out, d_in = scores.shape
-    group = pattern.group_size(d_out, d_in)
+    """Keep the `pattern.n_kept` units with the largest finite `scores` (d_out, d_in) of every group.
+
+    Ties go to the unit that comes first in memory.
+    """
+    group = pattern.group_size(*scores.shape)
     if scores.numel() == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    return _keep_largest(scores.reshape(-1, group), pattern.n_kept(group)).reshape(d_out, d_in)
+    units = pool(scores, pattern.unit)
+    mask = keep_largest(units.reshape(-1, group), pattern.n_kept(group))
+    return expand(mask.reshape(units.shape), pattern.unit)
 
 
-def _keep_largest(scores: Tensor, n_keep: int) -> Tensor:
+def pool(scores: Tensor, unit: tuple[int, int]) -> Tensor:
+    """Sums of `scores` (d_out, d_in) over units of (rows, columns): (d_out / rows, d_in / columns)."""
+    if unit == SINGLE:
+        return scores
+    d_out, d_in = scores.shape
+    rows, cols = unit
+    tiles = scores.reshape(d_out // rows, rows, d_in // cols, cols)
+    return tiles.sum(dim=(1, 3), dtype=compute_dtype(scores.dtype))
+
+
+def expand(mask: Tensor, unit: tuple[int, int]) -> Tensor:
+    """The mask of entries for a `mask` of units; the inverse of `pool`."""
+    if unit == SINGLE:
+        return mask
+    rows, cols = unit
+    return mask.repeat_interleave(rows, dim=0).repeat_interleave(cols, dim=1)
+
+
+def keep_largest(scores: Tensor, n_keep: int) -> Tensor:
     """Mask of the `n_keep` largest entries of each row of `scores` (n_groups, group), earlier entries first."""
     size = scores.shape[1]
     if n_keep == 0 or n_keep == size:

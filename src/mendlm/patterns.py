@@ -1,4 +1,16 @@
-"""Sparsity patterns: where the zeros of S may be."""
+"""Sparsity patterns: where the zeros of S may be.
+
+Every pattern splits a (d_out, d_in) matrix into *units* that are kept or zeroed as a whole (single entries, or tiles)
+and the units, read row by row, into *groups* of equal size that each keep a fixed number. What a pattern has to say is
+therefore
+
+    unit        (rows, columns) of a unit
+    atom        columns that are decided at one time by a method that walks over the columns (SparseGPT)
+    group_size  units of a group; raises if the pattern does not fit the shape
+    n_kept      units kept of a group
+
+and `mendlm.masks`, the planner and SparseGPT work with any class that has these.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +20,7 @@ from typing import ClassVar, Literal
 from mendlm.errors import UsageError
 
 Scope = Literal["tensor", "row"]
+SINGLE = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -28,12 +41,11 @@ class Unstructured:
     sparsity: float
     scope: Scope = "tensor"
     name: ClassVar[str] = "unstructured"
+    unit: ClassVar[tuple[int, int]] = SINGLE
+    atom: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.sparsity <= 1.0:
-            raise UsageError(
-                f"sparsity must be in [0, 1], got {self.sparsity!r}. 0.5 means half of the entries are zero."
-            )
+        _check_sparsity(self.sparsity)
         if self.scope not in ("tensor", "row"):
             raise UsageError(f"scope must be 'tensor' or 'row', got {self.scope!r}.")
 
@@ -63,6 +75,7 @@ class NM:
     n: int
     m: int
     name: ClassVar[str] = "nm"
+    unit: ClassVar[tuple[int, int]] = SINGLE
 
     def __post_init__(self) -> None:
         if not 0 <= self.n < self.m:
@@ -72,6 +85,11 @@ class NM:
     def sparsity(self) -> float:
         """Fraction of zeros in S."""
         return 1.0 - self.n / self.m
+
+    @property
+    def atom(self) -> int:
+        """A group is decided at one time."""
+        return self.m
 
     def group_size(self, d_out: int, d_in: int) -> int:
         """Number of consecutive entries (row-major) that compete with each other.
@@ -95,7 +113,67 @@ class NM:
         return f"{self.n}:{self.m}"
 
 
-Pattern = Unstructured | NM
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of ``rows x cols`` entries, kept or zeroed as a whole; all tiles of a tensor compete.
+
+    A tile counts as much as the sum of the scores of its entries.
+
+    Parameters
+    ----------
+    sparsity : fraction of the tiles that are zero, in [0, 1].
+    rows, cols : sides of a tile; they must divide d_out and d_in.
+
+    Raises
+    ------
+    UsageError : sparsity outside [0, 1], or a side below 1.
+    """
+
+    sparsity: float
+    rows: int = 16
+    cols: int = 16
+    name: ClassVar[str] = "tiles"
+
+    def __post_init__(self) -> None:
+        _check_sparsity(self.sparsity)
+        if self.rows < 1 or self.cols < 1:
+            raise UsageError(f"the sides of a tile must be at least 1, got {self.rows}x{self.cols}.")
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """(rows, columns) of a tile."""
+        return self.rows, self.cols
+
+    @property
+    def atom(self) -> int:
+        """A tile is decided at one time."""
+        return self.cols
+
+    def group_size(self, d_out: int, d_in: int) -> int:
+        """Number of tiles in a tensor.
+
+        Raises
+        ------
+        UsageError : the sides do not divide (d_out, d_in).
+        """
+        if d_out % self.rows or d_in % self.cols:
+            raise UsageError(
+                f"tiles of {self.rows}x{self.cols} need d_out divisible by {self.rows} and d_in by {self.cols}, got W "
+                f"of shape ({d_out}, {d_in}). Choose other sides, exclude this tensor, or use an unstructured pattern."
+            )
+        return (d_out // self.rows) * (d_in // self.cols)
+
+    def n_kept(self, group_size: int) -> int:
+        """Tiles kept: the nearest integer to (1 - sparsity) * group_size, halves pruned less."""
+        return group_size - round(self.sparsity * group_size)
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:.4g} {self.rows}x{self.cols}"
+
+
+Pattern = Unstructured | NM | Tiles
+# Patterns whose sparsity may be any number: ``dataclasses.replace(pattern, sparsity=…)``.
+Adjustable = Unstructured | Tiles
 
 
 def n_kept_total(pattern: Pattern, d_out: int, d_in: int) -> int:
@@ -106,5 +184,13 @@ def n_kept_total(pattern: Pattern, d_out: int, d_in: int) -> int:
     UsageError : the pattern does not fit the shape.
     """
     size = pattern.group_size(d_out, d_in)
-    n_groups = d_out * d_in // size if size else 0
-    return n_groups * pattern.n_kept(size)
+    if not size:
+        return 0
+    rows, cols = pattern.unit
+    n_groups = d_out * d_in // (size * rows * cols)
+    return n_groups * pattern.n_kept(size) * rows * cols
+
+
+def _check_sparsity(sparsity: float) -> None:
+    if not 0.0 <= sparsity <= 1.0:
+        raise UsageError(f"sparsity must be in [0, 1], got {sparsity!r}. 0.5 means half of the entries are zero.")

@@ -38,15 +38,19 @@ from mendlm.checkpoints.staging import (
 from mendlm.checkpoints.writer import copy_file, write_file
 from mendlm.devices import resolve_device
 from mendlm.errors import CheckpointError, MendError, StorageError, UsageError
-from mendlm.execution.serial import Event as Event
+from mendlm.execution.blocks import BlockRun
+from mendlm.execution.run import BlockStarted as BlockStarted
+from mendlm.execution.run import Event as Event
+from mendlm.execution.run import Run
+from mendlm.execution.run import TensorDone as TensorDone
+from mendlm.execution.run import TensorStarted as TensorStarted
 from mendlm.execution.serial import SerialRun
-from mendlm.execution.serial import TensorDone as TensorDone
-from mendlm.execution.serial import TensorStarted as TensorStarted
 from mendlm.planning import CompressionPlan as CompressionPlan
 from mendlm.planning import make_plan
 from mendlm.report.records import MANIFEST_FILE, RUN_FILE, Manifest, TensorRecord, Totals, read_manifest
 
 if TYPE_CHECKING:
+    from mendlm.calibration.prepare import Prepared
     from mendlm.config import Recipe
 
 logger = logging.getLogger(__name__)
@@ -110,6 +114,7 @@ def compress(
     executor: str = "local",
     overwrite: bool = False,
     resume: bool = False,
+    activation_dir: str | Path | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> CompressionResult:
     """Compress a checkpoint folder into another one, in the `packed` layout.
@@ -124,7 +129,9 @@ def compress(
     overwrite : replace `out`, at the very end, and start anew if a run into it stopped half-way.
     resume : continue a run that stopped half-way; starts normally if there is none, returns its result if `out` is
         complete.
-    on_event : called with `TensorStarted` and `TensorDone`.
+    activation_dir : a folder on a large disk for the hidden states of the calibration text; None keeps them in memory
+        (``n_sequences * seqlen * hidden`` entries).
+    on_event : called with `TensorStarted`, `TensorDone` and, in calibrated work, `BlockStarted`.
 
     Returns
     -------
@@ -139,8 +146,10 @@ def compress(
 
     Notes
     -----
-    Memory: a few copies of the largest tensor. After any of these errors nothing is left behind; KeyboardInterrupt and
-    unexpected errors leave the work done so far in a hidden folder beside `out`, for `resume`.
+    Memory: a few copies of the largest tensor; with calibration the embeddings, one block, the hidden states of the
+    text and the Gram matrices of one block, whatever the number of blocks. After any of these errors nothing is left
+    behind; KeyboardInterrupt and unexpected errors leave the work done so far in a hidden folder beside `out`, for
+    `resume`.
     """
     started = time.monotonic()
     recipe = _recipe_or_default(recipe)
@@ -156,14 +165,52 @@ def compress(
         manifest = _finished_run(target, checkpoint, recipe)
         seconds = time.monotonic() - started
         return CompressionResult(target, manifest.records, manifest.totals, seconds, len(manifest.records))
+    prepared = _prepare(checkpoint, planned, where, activation_dir)
+    if prepared is not None and recipe.layer_sparsity is not None:
+        planned = make_plan(checkpoint, recipe, _survey(prepared, checkpoint, planned, on_event))
     layouts = {shard.name: shard_layout(shard, planned.tensors, planned.guard) for shard in checkpoint.shards}
-    staging = open_staging(target, _fingerprint(checkpoint, recipe, where), resume=resume, overwrite=overwrite)
-    run = SerialRun(planned, checkpoint.shards, layouts, staging, where, on_event)
+    fingerprint = _fingerprint(checkpoint, recipe, where)
+    if prepared is not None:
+        fingerprint["calibration"] = dict(prepared.facts)
+    staging = open_staging(target, fingerprint, resume=resume, overwrite=overwrite)
+    run: Run
+    if prepared is None:
+        run = SerialRun(planned, checkpoint.shards, layouts, staging, where, on_event)
+    else:
+        run = BlockRun(planned, checkpoint.shards, layouts, staging, where, on_event)
+        run.calibrate(prepared.model, prepared.text)
     records = _carry_out(checkpoint, run, started)
     return CompressionResult(target, records, planned.totals, time.monotonic() - started, run.n_resumed)
 
 
-def _carry_out(checkpoint: Checkpoint, run: SerialRun, started: float) -> tuple[TensorRecord, ...]:
+def _prepare(
+    checkpoint: Checkpoint, planned: CompressionPlan, device: torch.device, activation_dir: str | Path | None
+) -> Prepared | None:
+    """The calibration of a recipe that needs one, else None."""
+    recipe = planned.recipe
+    if recipe.needs == "weights" and recipe.layer_sparsity is None:
+        if recipe.calibration is not None:
+            logger.warning("nothing in this recipe looks at the calibration text: criterion and metric use W alone")
+        return None
+    from mendlm.calibration.prepare import prepare
+
+    folder = None if activation_dir is None else Path(activation_dir).expanduser()
+    return prepare(checkpoint, planned, device, folder)
+
+
+def _survey(
+    prepared: Prepared, checkpoint: Checkpoint, planned: CompressionPlan, on_event: Callable[[Event], None] | None
+) -> dict[str, float]:
+    from mendlm.calibration.prepare import survey
+
+    def tell(index: int, phase: str) -> None:
+        if on_event is not None:
+            on_event(BlockStarted(index + 1, prepared.model.n_blocks, phase))
+
+    return survey(prepared, checkpoint, planned, tell)
+
+
+def _carry_out(checkpoint: Checkpoint, run: Run, started: float) -> tuple[TensorRecord, ...]:
     """Do the work and turn the staging folder into OUT, or leave behind what may be left."""
     staging = run.staging
     try:
@@ -274,7 +321,7 @@ def _known_stats(target: Path) -> Any:
         return None
 
 
-def _finish(checkpoint: Checkpoint, run: SerialRun, records: tuple[TensorRecord, ...], seconds: float) -> None:
+def _finish(checkpoint: Checkpoint, run: Run, records: tuple[TensorRecord, ...], seconds: float) -> None:
     """Write everything but the weights into the folder in the making."""
     folder, plan = run.staging.files, run.plan
     names = side_files(checkpoint)
@@ -305,6 +352,7 @@ def _finish(checkpoint: Checkpoint, run: SerialRun, records: tuple[TensorRecord,
         outputs=hash_files(folder, sorted(outputs)),
         totals=plan.totals,
         records=records,
+        calibration=run.staging.journal.fingerprint.get("calibration"),
     )
     if _stat_inputs(checkpoint) != run.staging.journal.fingerprint["inputs"]:
         raise CheckpointError("a file of MODEL was changed while it was read. Compress it again.")
@@ -312,7 +360,7 @@ def _finish(checkpoint: Checkpoint, run: SerialRun, records: tuple[TensorRecord,
     write_file(folder / RUN_FILE, to_json(_run_facts(run, seconds)))
 
 
-def _run_facts(run: SerialRun, seconds: float) -> dict[str, Any]:
+def _run_facts(run: Run, seconds: float) -> dict[str, Any]:
     """What differs from run to run, and so has no place in the manifest."""
     return {
         "format": "mendlm-run",
@@ -340,7 +388,7 @@ def _peak_memory_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _abandon(run: SerialRun, err: BaseException) -> None:
+def _abandon(run: Run, err: BaseException) -> None:
     """Keep unfinished work if it can be resumed and someone may want to, remove it otherwise."""
     had_work = bool(run.staging.journal.entries)
     if isinstance(err, StorageError):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mendlm.budgets import packed_bytes
-from mendlm.checkpoints.header import FLOATING, safetensors_name, tensor_bytes, torch_name
+from mendlm.checkpoints.header import FLOATING, TensorInfo, safetensors_name, tensor_bytes, torch_name
 from mendlm.checkpoints.plan import PlannedTensor, copied, natural_key
 from mendlm.checkpoints.reader import Checkpoint
-from mendlm.errors import MendError, located
-from mendlm.families import choose_tensors
+from mendlm.errors import MendError, UsageError, located
+from mendlm.families import block_of, can_be_compressed, choose_tensors, expert_name, is_transposed
 from mendlm.patterns import n_kept_total
 from mendlm.refiners import check_rank
 from mendlm.report.records import Totals, summarize
@@ -31,7 +32,8 @@ class CompressionPlan:
     ----------
     model : the input folder.
     recipe : how.
-    tensors : every tensor of the checkpoint, by shard, then by name (numbers in names by value).
+    tensors : every tensor of the checkpoint, by shard, then by name (numbers in names by value); a 3-D tensor of
+        experts that is compressed is one for each expert.
     totals : over all tensors.
     """
 
@@ -47,8 +49,9 @@ class CompressionPlan:
 
     @property
     def guard(self) -> PlannedTensor:
-        """The first compressed tensor by shard and name, which leaves an empty tensor under its own name."""
-        return min(self.compressed, key=lambda tensor: (tensor.shard, tensor.name))
+        """The first compressed tensor by shard and name; it leaves an empty tensor under its name in the input."""
+        first = min(self.compressed, key=lambda tensor: (tensor.shard, tensor.name))
+        return replace(first, name=first.source)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""
@@ -59,8 +62,14 @@ class CompressionPlan:
         }
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> CompressionPlan:
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, sparsities: Mapping[str, float] | None = None) -> CompressionPlan:
     """Plan every tensor of an open checkpoint.
+
+    Parameters
+    ----------
+    checkpoint : dense.
+    recipe : how.
+    sparsities : tensor name -> sparsity in place of the recipe's pattern's, for tensors that have one.
 
     Raises
     ------
@@ -69,14 +78,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> CompressionPlan:
     shard_of = {name: shard for shard in checkpoint.shards for name in shard.header.by_name}
     names = sorted(shard_of, key=lambda name: (shard_of[name].name, natural_key(name)))
     infos = {name: shard_of[name].header.by_name[name] for name in names}
-    candidates = [
-        name
-        for name, info in infos.items()
-        if len(info.shape) == 2 and 0 not in info.shape and info.dtype in FLOATING and name.endswith(".weight")
-    ]
-    chosen = set(
-        choose_tensors(checkpoint.model_type, candidates, names, include=recipe.include, exclude=recipe.exclude)
-    )
+    chosen = _choose(checkpoint.model_type, infos, recipe)
     tensors: list[PlannedTensor] = []
     for name, info in infos.items():
         shard = shard_of[name].name
@@ -84,7 +86,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> CompressionPlan:
             tensors.append(copied(name, shard, info.shape, info.dtype, recipe.dtype))
             continue
         try:
-            tensors.append(_plan_weight(name, shard, (info.shape[0], info.shape[1]), info.dtype, recipe))
+            tensors.extend(_plan_weights(checkpoint.model_type, shard, info, recipe, sparsities or {}))
         except MendError as err:
             raise located(err, f"{name} in {shard}") from err
     totals = summarize(
@@ -94,10 +96,62 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> CompressionPlan:
     return CompressionPlan(checkpoint.folder, recipe, tuple(tensors), totals)
 
 
-def _plan_weight(name: str, shard: str, shape: tuple[int, int], dtype: str, recipe: Recipe) -> PlannedTensor:
+def _choose(model_type: str | None, infos: Mapping[str, TensorInfo], recipe: Recipe) -> set[str]:
+    """Names of the tensors to compress."""
+    candidates = [
+        name
+        for name, info in infos.items()
+        if 0 not in info.shape and info.dtype in FLOATING and can_be_compressed(model_type, name, len(info.shape))
+    ]
+    chosen = choose_tensors(model_type, candidates, tuple(infos), include=recipe.include, exclude=recipe.exclude)
+    if not recipe.skip_layers:
+        return set(chosen)
+    skipped = _skipped_blocks(model_type, infos, recipe.skip_layers)
+    left = {name for name in chosen if block_of(name, model_type) not in skipped}
+    if not left:
+        raise UsageError(f"skip_layers {list(recipe.skip_layers)} leaves no tensor to compress. Skip fewer layers.")
+    return left
+
+
+def _skipped_blocks(model_type: str | None, names: Collection[str], skip_layers: Collection[int]) -> set[int]:
+    """Indices of the blocks to skip; negative numbers count from the last block."""
+    blocks = {block for name in names if (block := block_of(name, model_type)) is not None}
+    if not blocks:
+        raise UsageError(
+            f"skip_layers {list(skip_layers)}: no tensor's name says in which layer it is, as in 'layers.0.'. "
+            "Leave tensors out with --exclude."
+        )
+    n_blocks = 1 + max(blocks)
+    for layer in skip_layers:
+        if not -n_blocks <= layer < n_blocks:
+            raise UsageError(
+                f"skip_layers {layer}: the model has {n_blocks} layers, 0 to {n_blocks - 1}, or -{n_blocks} to -1 "
+                "counted from the end."
+            )
+    return {layer % n_blocks for layer in skip_layers}
+
+
+def _plan_weights(
+    model_type: str | None, shard: str, info: TensorInfo, recipe: Recipe, sparsities: Mapping[str, float]
+) -> Iterator[PlannedTensor]:
+    """One matrix, or one for each expert of a 3-D tensor."""
+    transposed = is_transposed(model_type, info.name)
+    d_out, d_in = info.shape[:-3:-1] if transposed else info.shape[-2:]
+    if len(info.shape) == 2:
+        places: list[tuple[str, int | None]] = [(info.name, None)]
+    else:
+        places = [(expert_name(info.name, index), index) for index in range(info.shape[0])]
+    for name, index in places:
+        planned = _plan_weight(name, shard, (d_out, d_in), info.dtype, recipe, sparsities.get(name))
+        yield replace(planned, source=info.name, index=index, transposed=transposed)
+
+
+def _plan_weight(
+    name: str, shard: str, shape: tuple[int, int], dtype: str, recipe: Recipe, sparsity: float | None
+) -> PlannedTensor:
     rank = recipe.refiner_for(*shape, name=name).rank
     check_rank(rank, *shape)
-    pattern = recipe.pattern_for(name)
+    pattern = recipe.pattern_for(name, sparsity)
     n_kept = n_kept_total(pattern, *shape)
     stored = dtype if recipe.dtype is None else safetensors_name(getattr(torch, recipe.dtype))
     return PlannedTensor(

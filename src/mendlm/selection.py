@@ -27,14 +27,14 @@ def select_mask(
     ----------
     W : (d_out, d_in) floating tensor. Not modified.
     criterion : a name in `mendlm.criteria.CRITERIA`, or an instance of one of its classes.
-    pattern : where the zeros of S may be, e.g. `Unstructured` or `NM`.
+    pattern : where the zeros of S may be, e.g. `Unstructured`, `NM` or `Tiles`.
     inputs : calibration statistics, for criteria that need them.
     generator : source of randomness for criteria that need one; seed 0 if not given.
 
     Returns
     -------
-    (d_out, d_in) bool tensor on the device of `W`, True = kept. The number of kept entries of every group is exactly
-    `pattern.n_kept`, also under ties (the entry that comes first in memory is kept), all-zero input, sparsity 0 and 1.
+    (d_out, d_in) bool tensor on the device of `W`, True = kept. Every group keeps exactly `pattern.n_kept` of its
+    entries (or tiles), also under ties (the one that comes first in memory is kept), all-zero input, sparsity 0 and 1.
 
     Raises
     ------
@@ -44,7 +44,8 @@ def select_mask(
 
     Notes
     -----
-    Cost: one selection per group, O(numel) expected; about three copies of `W` in memory.
+    Cost: one selection per group, O(numel) expected; about three copies of `W` in memory. SparseGPT costs more, see
+    there.
     """
     return select(W, criterion, pattern, inputs=inputs, generator=generator).mask
 
@@ -57,7 +58,7 @@ def select(
     inputs: InputStats | None = None,
     generator: torch.Generator | None = None,
 ) -> Selection:
-    """As `select_mask`, with the updated weights of a criterion that has any."""
+    """As `select_mask`, with the updated weights of a criterion that has any, and the damping it used."""
     if W.ndim != 2 or not W.is_floating_point():
         raise UsageError(f"W must be a 2-D floating tensor, got shape {tuple(W.shape)} and dtype {W.dtype}.")
     chosen = lookup(CRITERIA, criterion, "criterion")() if isinstance(criterion, str) else criterion

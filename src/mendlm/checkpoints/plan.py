@@ -23,12 +23,15 @@ class PlannedTensor:
 
     Attributes
     ----------
-    name, shard, shape : which tensor, in which file.
+    name, shard, shape : which tensor, in which file; for "compress" the shape is (d_out, d_in), however it is stored.
     dtype, storage_dtype : before and after, e.g. "float32"; dtypes that are only copied have their safetensors names.
     action : "compress" or "copy".
     n_kept, rank : entries kept of S and rank of L; for "copy" the number of entries and 0.
     pattern : where the zeros of S may be; None for "copy".
     dense_bytes, stored_bytes : data before and after.
+    source : its name in the input; another one only for an expert that is a slice of a 3-D tensor.
+    index : which slice of the 3-D `source` it is; None if it is all of it.
+    transposed : whether the input has it as (d_in, d_out).
     """
 
     name: str
@@ -42,6 +45,13 @@ class PlannedTensor:
     dense_bytes: int
     stored_bytes: int
     pattern: Pattern | None = None
+    source: str = ""
+    index: int | None = None
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            object.__setattr__(self, "source", self.name)
 
     @property
     def module(self) -> str:
@@ -98,13 +108,14 @@ def copied(name: str, shard: str, shape: tuple[int, ...], dtype: str, storage_dt
 def shard_layout(shard: Shard, tensors: Iterable[PlannedTensor], guard: PlannedTensor) -> ShardLayout:
     """Layout of the output file for `shard`.
 
-    The guard, the checkpoint's first compressed tensor, also leaves an empty tensor under its own name: transformers
-    without mendlm then stops at a shape that does not fit, where it would otherwise hand out random weights.
+    The guard, the checkpoint's first compressed tensor, also leaves an empty tensor under the name that it has in the
+    input: transformers without mendlm then stops at a shape that does not fit, where it would otherwise hand out random
+    weights. (Experts that it would have stacked cannot be, and a stacked tensor does not fit either.)
     """
     planned = [tensor for tensor in tensors if tensor.shard == shard.name]
     entries = [entry for tensor in planned for entry in tensor.layout()]
     if guard.shard == shard.name:
-        entries.append((guard.name, _stored_dtype(guard.storage_dtype), (0,)))
+        entries.append((guard.source, _stored_dtype(guard.storage_dtype), (0,)))
     return ShardLayout(shard.name, entries, {"format": "pt"} | dict(shard.header.metadata))
 
 

@@ -10,13 +10,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mendlm.checkpoints.header import FLOATING, Header, TensorInfo, read_header
 from mendlm.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from mendlm.checkpoints.plan import PlannedTensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -94,6 +97,24 @@ def read_tensor(shard: Shard, info: TensorInfo) -> Tensor:
     if tensor.numel():
         _fill(shard, shard.header.data_start + info.start, as_bytes(tensor))
     return tensor
+
+
+def read_weight(shard: Shard, tensor: PlannedTensor) -> Tensor:
+    """Read the matrix (d_out, d_in) that a planned tensor is, contiguous, on the CPU, whatever way it is stored.
+
+    Of a 3-D tensor of experts only the slice is read.
+
+    Raises
+    ------
+    CheckpointError : the file cannot be read, or has become shorter.
+    """
+    info = shard.header.by_name[tensor.source]
+    shape = info.shape[-2:]
+    W = torch.empty(shape, dtype=FLOATING[info.dtype])
+    start = shard.header.data_start + info.start + (tensor.index or 0) * W.nbytes
+    if W.numel():
+        _fill(shard, start, as_bytes(W))
+    return W.T.contiguous() if tensor.transposed else W
 
 
 def read_chunks(shard: Shard, info: TensorInfo, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:

@@ -15,7 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mendlm.checkpoints.header import encode_header
+import torch
+from torch import Tensor
+
+from mendlm.checkpoints.header import FLOATING, encode_header
 from mendlm.checkpoints.reader import CHUNK_BYTES, read_errors
 from mendlm.errors import StorageError
 
@@ -130,6 +133,17 @@ class ShardWriter:
                     n = min(CHUNK_BYTES, info.end - start)
                     crc32 = zlib.crc32(os.pread(self._fd, n, first + start), crc32)
         return crc32
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name` as it is on the disk, in fresh memory on the CPU."""
+        info = self.layout.infos[name]
+        dtype = torch.uint8 if info.dtype == "U8" else FLOATING[info.dtype]
+        raw = bytearray()
+        first = len(self.layout.header)
+        with storage_errors(self.path):
+            for start in range(info.start, info.end, CHUNK_BYTES):
+                raw += os.pread(self._fd, min(CHUNK_BYTES, info.end - start), first + start)
+        return torch.frombuffer(raw, dtype=dtype).reshape(info.shape) if raw else torch.empty(info.shape, dtype=dtype)
 
     def sync(self) -> None:
         """Wait until the data is on the disk."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mendlm.cli import compress, evaluate, import_gguf, inspect
+from mendlm.cli import compress, evaluate, import_gguf, inspect, recipes
 from mendlm.cli._options import TracebackOption
 
 _EXAMPLES = """[bold]Examples[/bold]
@@ -52,4 +52,5 @@ def build_command() -> Any:
     app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
     app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
     app.command("import", epilog=import_gguf.EXAMPLES)(import_gguf.import_gguf)
+    app.command("recipes", epilog=recipes.EXAMPLES)(recipes.recipes)
     return typer.main.get_command(app)

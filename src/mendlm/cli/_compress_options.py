@@ -7,19 +7,23 @@ from typing import Annotated
 
 import typer
 
-_WHAT, _HOW, _RUN = "What to prune", "How to mend", "Run and output"
+_WHAT, _HOW, _TEXT, _RUN = "What to prune", "How to mend", "Calibration", "Run and output"
 
 
 RecipeOption = Annotated[
-    Path | None,
-    typer.Option("--recipe", metavar="FILE", help="A recipe in YAML or JSON; the other flags override it."),
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="A built-in recipe ('mendlm recipes' lists them), or one in YAML or JSON; the other flags override it.",
+    ),
 ]
 CriterionOption = Annotated[
     str | None,
     typer.Option(
         "--criterion",
         metavar="NAME",
-        help="Which weights count most: magnitude, random. Default: magnitude.",
+        help="Which weights count most: magnitude, random; with calibration wanda, ria, sparsegpt. Default: magnitude.",
         rich_help_panel=_WHAT,
     ),
 ]
@@ -43,8 +47,32 @@ ScopeOption = Annotated[
     typer.Option(
         "--scope",
         metavar="SCOPE",
-        help="Where weights compete under --sparsity: tensor or row. Default: tensor.",
+        help="Where weights compete under --sparsity: tensor or row. Default: as in the criterion's paper.",
         rich_help_panel=_WHAT,
+    ),
+]
+TileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tile",
+        metavar="ROWSxCOLS",
+        help="Under --sparsity prune whole tiles of this size, e.g. 16x16.",
+        rich_help_panel=_WHAT,
+    ),
+]
+LayerSparsityOption = Annotated[
+    str | None,
+    typer.Option(
+        "--layer-sparsity",
+        metavar="HOW",
+        help="uniform, or owl: prune blocks with many outliers less. Default: uniform.",
+        rich_help_panel=_WHAT,
+    ),
+]
+SkipLayersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--skip-layers", metavar="I,J,…", help="Blocks that stay dense; -1 is the last.", rich_help_panel=_WHAT
     ),
 ]
 IncludeOption = Annotated[
@@ -67,7 +95,7 @@ RefinerOption = Annotated[
     typer.Option(
         "--refiner",
         metavar="NAME",
-        help="tlr, accelerated-tlr, zero-shot-svd, or none: prune only. Default: tlr.",
+        help="tlr, accelerated-tlr, zero-shot-svd, pcp, oats, or none: prune only. Default: tlr.",
         rich_help_panel=_HOW,
     ),
 ]
@@ -91,6 +119,96 @@ SolverOption = Annotated[
         metavar="NAME",
         help="auto, subspace or exact (a full SVD in every step: the reference, slow). Default: auto.",
         rich_help_panel=_HOW,
+    ),
+]
+MetricOption = Annotated[
+    str | None,
+    typer.Option(
+        "--metric",
+        metavar="NAME",
+        help="What mending minimises: plain (error of the weights), diagonal (each input weighed), gram (error of the "
+        "outputs). Default: auto.",
+        rich_help_panel=_HOW,
+    ),
+]
+DampingOption = Annotated[
+    float | None,
+    typer.Option(
+        "--damping",
+        metavar="SHARE",
+        help="Added to the diagonal of a Gram matrix, as a share of its mean. Default: 0.01.",
+        rich_help_panel=_HOW,
+    ),
+]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="SOURCE",
+        help="A .txt, .jsonl or .parquet FILE, c4, wikitext2, self (text the model writes) or random-tokens.",
+        rich_help_panel=_TEXT,
+    ),
+]
+SequencesOption = Annotated[
+    int | None,
+    typer.Option("--n-sequences", metavar="N", help="Windows of text. Default: 128.", rich_help_panel=_TEXT),
+]
+SeqlenOption = Annotated[
+    int | None,
+    typer.Option(
+        "--seqlen",
+        metavar="TOKENS",
+        help="Tokens of a window. Default: 2048, or the model's positions if they are fewer.",
+        rich_help_panel=_TEXT,
+    ),
+]
+WindowsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--windows",
+        metavar="HOW",
+        help="random places of the text, or its leading windows. Default: random.",
+        rich_help_panel=_TEXT,
+    ),
+]
+PropagateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--propagate",
+        metavar="HOW",
+        help="What a block sees: sequential (outputs of the compressed blocks) or dense. Default: sequential.",
+        rich_help_panel=_TEXT,
+    ),
+]
+BatchSizeOption = Annotated[
+    int | None,
+    typer.Option("--batch-size", metavar="N", help="Windows that run together. Default: 4.", rich_help_panel=_TEXT),
+]
+CalibrationDtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration-dtype",
+        metavar="DTYPE",
+        help="To run the model in. Default: float32 on a CPU, the model's own on a GPU.",
+        rich_help_panel=_TEXT,
+    ),
+]
+DeadColumnsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dead-columns",
+        metavar="HOW",
+        help="Inputs that the text never excites: keep, drop or error. Default: keep.",
+        rich_help_panel=_TEXT,
+    ),
+]
+ActivationDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--activation-dir",
+        metavar="FOLDER",
+        help="Keep the hidden states of the text in a file there. Default: in memory.",
+        rich_help_panel=_TEXT,
     ),
 ]
 SeedOption = Annotated[

@@ -20,6 +20,9 @@ class ProgressView(Protocol):
     def started(self, name: str, done: float, total: float) -> None:
         """Work on the item `name` begins when `done` of `total` is done, by this run or by an earlier one."""
 
+    def noted(self, what: str) -> None:
+        """Something goes on that is no item; it gets the item's place on a bar, or a line."""
+
     def advanced(self, done: float, total: float, line: str) -> None:
         """`done` of `total` is done; `line` describes the item that ended."""
 
@@ -57,6 +60,9 @@ class _Bar:
             self._begun = True
         self._bar.update(self._task, item=safe(name))
 
+    def noted(self, what: str) -> None:
+        self._bar.update(self._task, item=safe(what))
+
     def advanced(self, done: float, total: float, line: str) -> None:
         self._bar.update(self._task, completed=done, total=total)
 
@@ -69,6 +75,10 @@ class _Lines:
     def started(self, name: str, done: float, total: float) -> None:
         if self._begin is None:
             self._begin = (self._clock(), done)
+
+    def noted(self, what: str) -> None:
+        self._stream.write(f"{safe(what)}\n")
+        self._stream.flush()
 
     def advanced(self, done: float, total: float, line: str) -> None:
         now = self._clock()

@@ -58,12 +58,26 @@ def compress(
     sparsity: options.SparsityOption = None,
     pattern: options.PatternOption = None,
     scope: options.ScopeOption = None,
+    tile: options.TileOption = None,
+    layer_sparsity: options.LayerSparsityOption = None,
+    skip_layers: options.SkipLayersOption = None,
     include: options.IncludeOption = None,
     exclude: options.ExcludeOption = None,
     refiner: options.RefinerOption = None,
     rank: options.RankOption = None,
     n_iter: options.IterationsOption = None,
     solver: options.SolverOption = None,
+    metric: options.MetricOption = None,
+    damping: options.DampingOption = None,
+    calibration: options.CalibrationOption = None,
+    n_sequences: options.SequencesOption = None,
+    seqlen: options.SeqlenOption = None,
+    windows: options.WindowsOption = None,
+    propagate: options.PropagateOption = None,
+    batch_size: options.BatchSizeOption = None,
+    calibration_dtype: options.CalibrationDtypeOption = None,
+    dead_columns: options.DeadColumnsOption = None,
+    activation_dir: options.ActivationDirOption = None,
     seed: options.SeedOption = None,
     dtype: options.StorageOption = None,
     device: DeviceOption = None,
@@ -74,20 +88,37 @@ def compress(
     as_json: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Prune a model's block projections and mend each with a low-rank term; nothing is trained, no text is needed."""
-    flags = {
+    """Prune a model's block projections and mend each with a low-rank term; nothing is trained.
+
+    No text is needed; with --calibration the errors that matter on that text are the ones that are kept small.
+    """
+    flags: dict[str, Any] = {
         "criterion": criterion,
         "refiner": refiner,
         "rank": rank,
         "n_iter": n_iter,
         "solver": solver,
+        "metric": metric,
+        "damping": damping,
+        "dead_columns": dead_columns,
+        "layer_sparsity": layer_sparsity,
         "include": include or None,
         "exclude": exclude or None,
         "dtype": dtype,
         "seed": seed,
     }
+    text = {
+        "source": calibration,
+        "n_sequences": n_sequences,
+        "seqlen": seqlen,
+        "windows": windows,
+        "propagate": propagate,
+        "batch_size": batch_size,
+        "dtype": calibration_dtype,
+    }
     with json_only(as_json) as stream:
-        chosen = resolve_recipe(recipe, flags, Zeros(sparsity, pattern, scope))
+        flags["skip_layers"] = parse_layers(skip_layers)
+        chosen = resolve_recipe(recipe, flags, Zeros(sparsity, pattern, scope, tile), text)
         if dry_run:
             from mendlm.pipeline import plan
 
@@ -97,7 +128,7 @@ def compress(
             ctx.find_root().obj.interrupt_hint = (
                 f"Run the same command with {how} to go on from the tensors done so far."
             )
-            target = _Target(out, device or "cpu", executor, overwrite, resume)
+            target = _Target(out, device or "cpu", executor, overwrite, resume, activation_dir)
             result = _run(stream, model, chosen, target)
     if as_json:
         print_json(planned.to_dict() if dry_run else result.to_dict())
@@ -113,6 +144,7 @@ class Zeros(NamedTuple):
     sparsity: float | None = None
     pattern: str | None = None
     scope: str | None = None
+    tile: str | None = None
 
     def over(self, fields: Mapping[str, Any]) -> object:
         """The recipe's pattern after these flags; None if none was given.
@@ -122,42 +154,81 @@ class Zeros(NamedTuple):
         UsageError : flags that exclude each other.
         """
         if self.pattern is not None:
-            for name, value in (("sparsity", self.sparsity), ("scope", self.scope)):
+            for name, value in (("sparsity", self.sparsity), ("scope", self.scope), ("tile", self.tile)):
                 if value is not None:
                     raise UsageError(
                         f"--{name} {value} does not go with --pattern {self.pattern}: n:m fixes where the zeros are. "
                         "Leave one of them out."
                     )
             return self.pattern
-        if self.sparsity is None and self.scope is None:
+        given = {"sparsity": self.sparsity, "scope": self.scope, "tile": self.tile}
+        given = {name: value for name, value in given.items() if value is not None}
+        if not given:
             return None
-        base = fields["pattern"] if "sparsity" in fields["pattern"] else {}
+        if self.scope is not None and self.tile is not None:
+            raise UsageError(f"--scope {self.scope} does not go with --tile {self.tile}: tiles compete in the tensor.")
+        base = dict(fields["pattern"]) if "sparsity" in fields["pattern"] else {}
         if self.sparsity is None and not base:
-            raise UsageError(
-                f"--scope {self.scope} does not go with the recipe's n:m pattern. Give --sparsity with it."
-            )
-        given = {"sparsity": self.sparsity, "scope": self.scope}
-        return base | {name: value for name, value in given.items() if value is not None}
+            name, value = next(iter(given.items()))
+            raise UsageError(f"--{name} {value} does not go with the recipe's n:m pattern. Give --sparsity with it.")
+        for one, other in (("scope", "tile"), ("tile", "scope")):
+            if one in given:
+                base.pop(other, None)
+        return base | given
 
 
-def resolve_recipe(file: Path | None, flags: Mapping[str, Any], zeros: Zeros) -> Recipe:
-    """The recipe of a file (or the default one) with the `flags` that are not None put over it.
+def parse_layers(layers: str | None) -> tuple[int, ...] | None:
+    """Block indices of ``"0,1,-1"``.
+
+    Raises
+    ------
+    UsageError : not whole numbers.
+    """
+    if layers is None:
+        return None
+    try:
+        return tuple(int(part) for part in layers.split(",") if part.strip())
+    except ValueError:
+        raise UsageError(f"--skip-layers must be whole numbers such as 0,1,-1, got {layers!r}.") from None
+
+
+def resolve_recipe(
+    source: str | None, flags: Mapping[str, Any], zeros: Zeros, text: Mapping[str, Any] | None = None
+) -> Recipe:
+    """A built-in recipe, that of a file, or the default one, with the flags that are not None put over it.
 
     A flag that changes the refiner takes the old refiner's own settings (n_iter, solver, options) with it, and for one
-    without a low-rank part the rank.
+    without a low-rank part the rank; one that changes the criterion takes its options, and its scope unless a flag says
+    which. `text` holds the fields of `Calibration`.
 
     Raises
     ------
     UsageError : a bad file, a bad value, or flags that exclude each other.
     """
     from mendlm.config import Recipe
+    from mendlm.recipe_files import load_recipe
     from mendlm.refiners import PruneOnly
 
-    base = Recipe() if file is None else Recipe.from_file(file)
-    fields = base.to_dict()
+    fields = (Recipe() if source is None else load_recipe(source)).to_dict()
     given = {name: value for name, value in flags.items() if value is not None}
+    calibration = {name: value for name, value in (text or {}).items() if value is not None}
+    if calibration:
+        if fields["calibration"] is None and "source" not in calibration:
+            name, value = next(iter(calibration.items()))
+            raise UsageError(
+                f"{name} {value!r} is about calibration text, and there is none. Give --calibration SOURCE."
+            )
+        given["calibration"] = (fields["calibration"] or {}) | calibration
+    if given.get("criterion", fields["criterion"]) != fields["criterion"]:
+        fields["criterion_options"] = {}
+        if "scope" in fields["pattern"]:
+            fields["pattern"] = {"sparsity": fields["pattern"]["sparsity"]}
     if given.get("refiner", fields["refiner"]) != fields["refiner"]:
-        dropped = {"n_iter", "solver", "refiner_options", *({"rank"} if given["refiner"] == PruneOnly.name else ())}
+        dropped = {"n_iter", "solver", "refiner_options"}
+        if PruneOnly.name in (given["refiner"], fields["refiner"]):
+            dropped.add("rank")
+        if fields["metric"] != "auto" and fields["refiner"] == PruneOnly.name:
+            dropped.add("metric")
         fields = {name: value for name, value in fields.items() if name not in dropped}
     pattern = zeros.over(fields)
     if pattern is not None:
@@ -173,16 +244,19 @@ class _Target(NamedTuple):
     executor: str
     overwrite: bool
     resume: bool
+    activation_dir: Path | None
 
 
 def _run(stream: TextIO, model: str, recipe: Recipe, target: _Target) -> CompressionResult:
-    from mendlm.pipeline import TensorStarted
+    from mendlm.pipeline import BlockStarted, TensorStarted
     from mendlm.pipeline import compress as run_compress
 
     with progress_view(stream, "compress") as view:
 
         def on_event(event: Event) -> None:
-            if isinstance(event, TensorStarted):
+            if isinstance(event, BlockStarted):
+                view.noted(f"block {event.index}/{event.n_blocks}: {event.phase}")
+            elif isinstance(event, TensorStarted):
                 view.started(event.name, event.done_bytes, event.total_bytes)
             else:
                 view.advanced(event.done_bytes, event.total_bytes, _line(event))
@@ -195,6 +269,7 @@ def _run(stream: TextIO, model: str, recipe: Recipe, target: _Target) -> Compres
             executor=target.executor,
             overwrite=target.overwrite,
             resume=target.resume,
+            activation_dir=target.activation_dir,
             on_event=on_event,
         )
 

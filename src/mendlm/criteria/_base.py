@@ -27,10 +27,24 @@ class Selection:
     mask : (d_out, d_in) bool, True = kept.
     S : (d_out, d_in), zero off the mask, float32 or float64: the weights of a criterion that also updates them
         (SparseGPT); None where they stay ``mask * W``.
+    damping : what was added to the diagonal of a Gram matrix, as a share of its mean; None if none was used.
     """
 
     mask: Tensor
     S: Tensor | None = None
+    damping: float | None = None
+
+
+def statistics(inputs: InputStats | None) -> InputStats:
+    """`inputs`, for criteria that cannot do without.
+
+    Raises
+    ------
+    UsageError : there are none.
+    """
+    if inputs is None:
+        raise UsageError("this criterion needs statistics of the inputs. Calibrate, or pass inputs=InputStats(...).")
+    return inputs
 
 
 class AbstractCriterion(ABC):

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mendlm.errors import CheckpointError, NonFiniteError, UsageError
+from mendlm.errors import NonFiniteError, UsageError
 from mendlm.evaluation._logits import device_of, eval_mode, logits_reader, text_config, window_nll
-from mendlm.evaluation.text import bundled_text, join_rows, load_dataset_rows, read_text
+from mendlm.evaluation.text import bundled_text, join_rows, load_dataset_rows, load_tokenizer, read_text, tokenize
 from mendlm.names import lookup
 
 DEFAULT_SEQLEN = 2048
@@ -177,8 +177,8 @@ def evaluate(
     # The text before the model: a wrong path should not wait for a model to load.
     rows = load_dataset_rows(dataset) if dataset is not None else read_text(bundled_text() if text is None else text)
     joined = join_rows(rows)
-    tokenizer = _load_tokenizer(model)
-    ids = tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
+    tokenizer = load_tokenizer(model)
+    ids = tokenize(tokenizer, joined)
     loaded = _load_model(model, device, compute, runtime)
     result = perplexity(loaded, ids, seqlen=seqlen, n_windows=n_windows, progress=progress)
     source = f"dataset {dataset}" if dataset is not None else "bundled alice.txt" if text is None else Path(text).name
@@ -191,19 +191,6 @@ def evaluate(
         "tokenizer": type(tokenizer).__name__,
     }
     return replace(result, protocol=about | result.protocol)
-
-
-def _load_tokenizer(model: str | Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(model), local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as err:
-        reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-        raise CheckpointError(
-            f"cannot load a tokenizer from {str(model)!r}: {reason} Copy the tokenizer's files (tokenizer.json, "
-            "tokenizer_config.json) of the original model into the folder."
-        ) from err
 
 
 def _compute_dtype(dtype: str | torch.dtype | None, device: str | torch.device | None) -> torch.dtype | None:

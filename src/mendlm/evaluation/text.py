@@ -1,4 +1,4 @@
-"""Text to evaluate on: rows from a file, from a named data set, or the small book that ships with mendlm."""
+"""Text to evaluate and calibrate on, as rows from a file, a named data set or the bundled book; and as token ids."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from mendlm.errors import MendError, MissingDependencyError, UsageError
+from mendlm._quiet import quiet_transformers
+from mendlm.errors import CheckpointError, MendError, MissingDependencyError, UsageError
 from mendlm.names import lookup
+
+R = TypeVar("R", bound=Sequence[str])
 
 FIELD = "text"  # the column of a parquet file and the key of a jsonl row that hold the text
 PROBE_SECONDS = 3.0  # how long to wait for the hub before saying that there is no network
 
 
 class DatasetSource(NamedTuple):
-    """Where the `datasets` library finds a named evaluation set."""
+    """Where the `datasets` library finds a named set."""
 
     repos: tuple[str, ...]  # tried in this order: the canonical name, then the name before namespaces
-    config: str
+    config: str | None
     split: str
     field: str
+    file: str | None = None  # the one file of the repository that makes up the split
 
 
 DATASETS = {"wikitext2": DatasetSource(("Salesforce/wikitext", "wikitext"), "wikitext-2-raw-v1", "test", "text")}
@@ -111,37 +115,100 @@ def load_dataset_rows(name: str) -> list[str]:
     MendError : the set is not in the cache and the hub cannot be reached, found within seconds; or the hub refused.
     """
     source = lookup(DATASETS, name, "dataset")
+    instead = "--text FILE with a local copy (.txt, .jsonl or .parquet)"
+    return list(open_dataset(name, source, option="--dataset", instead=instead))
+
+
+def open_dataset(name: str, source: DatasetSource, *, option: str, instead: str) -> Sequence[str]:
+    """Rows of a data set, through the `datasets` library and its cache.
+
+    Parameters
+    ----------
+    name : what the caller calls the set, for messages.
+    source : where it is.
+    option : the flag that asked for it, for messages.
+    instead : what to use where it cannot be had, for messages.
+
+    Returns
+    -------
+    sequence of str, the rows in the data set's order, empty ones included. From datasets 4 on a row is read when it is
+    asked for; before, the rows are a list.
+
+    Raises
+    ------
+    MissingDependencyError : `datasets` is not installed (``pip install 'mendlm[datasets]'``).
+    MendError : the set is not in the cache and the hub cannot be reached, found within seconds; or the hub refused.
+    """
     try:
         import datasets
     except ImportError as err:
         raise MissingDependencyError(
-            f"--dataset {name} needs the datasets library: pip install 'mendlm[datasets]'. Without it, --text FILE "
-            "evaluates on a .txt, .jsonl or .parquet file."
+            f"{option} {name} needs the datasets library: pip install 'mendlm[datasets]'. Without it, use {instead}."
         ) from err
     offline = not _hub_reachable()
     failure: Exception | None = None
+    where: dict[str, Any] = {"split": source.split}
+    if source.file is not None:
+        where["data_files"] = {source.split: source.file}
     for repo in source.repos:
+        args = (repo,) if source.config is None else (repo, source.config)
         try:
             with _offline(datasets, offline):
-                rows = datasets.load_dataset(repo, source.config, split=source.split)[source.field]
-            return _with_content([str(row) for row in rows], f"data set {name!r}")
-        except (OSError, ValueError, RuntimeError, KeyError) as err:  # what datasets and its hub client raise
+                rows: Sequence[str] = datasets.load_dataset(*args, **where)[source.field]
+            return _with_content(rows, f"data set {name!r}")
+        except _dataset_errors(datasets) as err:
             failure = err
     reason = (
         "there is no network (or HF_HUB_OFFLINE is set) and it is not in the cache"
         if offline
         else f"{type(failure).__name__}: {failure}"
     )
+    place = ", ".join(part for part in (source.repos[0], source.config or source.file, source.split) if part)
     raise MendError(
-        f"cannot load data set {name!r} ({source.repos[0]}, {source.config}, {source.split}): {reason}. "
-        "Use --text FILE with a local copy (.txt, .jsonl or .parquet), or run once with a network to fill the cache."
+        f"cannot load data set {name!r} ({place}): {reason}. "
+        f"Use {instead}, or run once with a network to fill the cache."
     ) from failure
 
 
-def _with_content(rows: list[str], where: str) -> list[str]:
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer in a checkpoint folder. Nothing is downloaded, no code in it is run.
+
+    Raises
+    ------
+    CheckpointError : there is none, or transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    advice = "Copy the tokenizer's files (tokenizer.json, tokenizer_config.json) of the original model into the folder."
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as err:
+        reason = (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(" .:")
+        raise CheckpointError(f"cannot load a tokenizer from {str(folder)!r}: {reason}. {advice}") from err
+    # For some families transformers makes one of the special tokens alone when there are no files.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise CheckpointError(f"cannot load a tokenizer from {str(folder)!r}: there is no vocabulary in it. {advice}")
+    return tokenizer
+
+
+def tokenize(tokenizer: Any, text: str, *, special_tokens: bool = False) -> list[int]:
+    """Token ids of `text` as one piece; `special_tokens` adds what the tokenizer adds by itself (a BOS, say)."""
+    encoded = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)
+    ids: list[int] = encoded["input_ids"]
+    return ids
+
+
+def _with_content(rows: R, where: str) -> R:
     if not any(row.strip() for row in rows):
         raise UsageError(f"{where} holds no text ({len(rows)} rows, all empty). Give a file with text in it.")
     return rows
+
+
+def _dataset_errors(datasets: Any) -> tuple[type[Exception], ...]:
+    """What `datasets` and its hub client raise."""
+    own = getattr(getattr(datasets, "exceptions", None), "DatasetsError", OSError)
+    return (OSError, ValueError, RuntimeError, KeyError, own)
 
 
 def _decoded(path: Path, gzipped: bool) -> str:

@@ -9,6 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mendlm.metrics import Metric, MetricName
+from mendlm.patterns import Pattern
+
+PLAIN = Metric()
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -16,14 +21,20 @@ class Problem:
 
     Attributes
     ----------
-    W : (d_out, d_in), float32 or float64, already multiplied by the input scale; never modified.
+    W : (d_out, d_in), float32 or float64, in the scaled columns of the metric; never modified.
     mask : (d_out, d_in) bool, True = kept.
     generator : the only source of randomness, on the device of `W`.
+    metric : what errors are measured in; its columns are scaled already.
+    start : (d_out, d_in), zero off the mask, scaled as `W`: S as the criterion left it; None for ``mask * W``.
+    pattern : where zeros may be, for refiners that move the mask; None if the caller did not say.
     """
 
     W: Tensor
     mask: Tensor
     generator: torch.Generator
+    metric: Metric = PLAIN
+    start: Tensor | None = None
+    pattern: Pattern | None = None
 
 
 @dataclass(frozen=True)
@@ -33,8 +44,8 @@ class Progress:
     Attributes
     ----------
     rank : rank r of the low-rank part used in this step.
-    objective : ``||(1 - mask) * (W - L_r)||_F`` in the metric of the input scale: the error off the mask, which is
-        the whole error once S is refitted on the mask.
+    objective : ``||W - S - L_r||`` in the metric, with S fitted to L_r on the mask. In the plain and the diagonal
+        metric that is ``||(1 - mask) * (W - L_r)||_F``: the error off the mask.
     energy_frac : ``||L_r||_F^2 / ||L||_F^2``, the share of the residual L that its leading r triplets hold.
     """
 
@@ -47,12 +58,21 @@ class AbstractRefiner(ABC):
     """An algorithm that finds the low-rank part L = B @ A for a given mask.
 
     A subclass is a frozen dataclass whose fields are the hyperparameters. `init`, `step` and `finish` compute on
-    tensors only; the loop owns the step budget, the trace and the check for non-finite values. `metrics` names the
-    metrics that the algorithm can minimise in.
+    tensors only; the loop owns the step budget, the trace and the check for non-finite values.
+
+    L lives in the metric's whitened space (`Metric.whiten`), where the objective is a Frobenius norm; in the plain and
+    the diagonal metric that is the space of `Problem.W` itself.
+
+    Attributes
+    ----------
+    name : in `REFINERS` and in recipes.
+    metrics : that the algorithm can minimise in.
+    calibrated_metric : the one it takes where there is calibration data and nobody chose.
     """
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ("plain", "diagonal", "gram")
+    calibrated_metric: ClassVar[MetricName] = "gram"
     rank: int
 
     @property
@@ -79,4 +99,8 @@ class AbstractRefiner(ABC):
 
     @abstractmethod
     def finish(self, problem: Problem, state: Any) -> tuple[Tensor, Tensor]:
-        """Factors ``left (d_out, rank)``, ``right (rank, d_in)`` of the final L, in the compute dtype."""
+        """Factors ``left (d_out, rank)``, ``right (rank, d_in)`` of the final L, whitened, in the compute dtype."""
+
+    def final_mask(self, problem: Problem, state: Any) -> Tensor:
+        """The mask of the final S, bool; another one than `problem.mask` only for a refiner that moves it."""
+        return problem.mask

@@ -12,7 +12,14 @@ from torch import Tensor
 from mendlm.decomposition import SparseLowRank
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.linalg import all_finite, compute_dtype
+from mendlm.metrics import GramMetric, Metric, MetricName, diagonal_metric, gram_metric
+from mendlm.patterns import Pattern
 from mendlm.refiners._base import AbstractRefiner, Problem, Progress
+from mendlm.refiners._least_squares import masked_least_squares
+
+DEFAULT_DAMPING = 0.01
+# The last fit of S in the Gram metric: until a step gains less than this share of the squared error, or this many.
+FINAL_RTOL, FINAL_STEPS = 1e-5, 200
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,11 @@ class Refinement:
     trace : one `Progress` per step.
     status : "converged" if the refiner's stop rule ended it, "max_steps" if its step budget did.
     rel_error : ``||W - S - B @ A||_F / ||W||_F`` of the stored (rounded) factors; 0 for W = 0.
-    objective : ``||(1 - mask) * (W - L)||_F`` of the final L before rounding, in the metric of the input scale.
+    objective : ``||W - S - L||`` in the metric, before rounding; in the plain and the diagonal metric that is the error
+        off the mask, in the Gram metric L is rounded already and S is not.
+    metric : that was minimised in: "plain", "diagonal" or "gram".
+    damping : of the Gram matrix, as a share of the mean of its diagonal; None without one.
+    rel_output_error : error of what is stored relative to W, in the metric; None for the plain one.
     """
 
     decomposition: SparseLowRank
@@ -33,6 +44,9 @@ class Refinement:
     status: Literal["converged", "max_steps"]
     rel_error: float
     objective: float
+    metric: MetricName = "plain"
+    damping: float | None = None
+    rel_output_error: float | None = None
 
     @property
     def S(self) -> Tensor:
@@ -56,6 +70,10 @@ def refine(
     refiner: AbstractRefiner,
     *,
     input_scale: Tensor | None = None,
+    gram: Tensor | None = None,
+    metric: Metric | None = None,
+    start: Tensor | None = None,
+    pattern: Pattern | None = None,
     dtype: torch.dtype | None = None,
     storage_dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
@@ -67,7 +85,11 @@ def refine(
     W : (d_out, d_in) floating tensor, on the device to compute on. Not modified.
     mask : (d_out, d_in) bool, True = kept.
     refiner : the algorithm, e.g. ``TLR(rank=128)``.
-    input_scale : (d_in,), > 0: the objective is measured on ``W * input_scale``. Default: plain Frobenius norm.
+    input_scale : (d_in,), > 0: the diagonal metric, the objective is measured on ``W * input_scale``.
+    gram : (d_in, d_in): the Gram metric of these inputs, with a damping of 0.01.
+    metric : any metric, e.g. of `mendlm.metrics.make_metric`. At most one of these three; plain if none is given.
+    start : (d_out, d_in), zero off the mask: S as a criterion that updates weights left it; default ``mask * W``.
+    pattern : where zeros may be; for refiners that move the mask.
     dtype : compute dtype; float32 for bf16, fp16 and float32 input, float64 for float64 input.
     storage_dtype : dtype of S, B and A; that of `W` if not given.
     generator : source of randomness on the device of `W`; seed 0 if not given. Same seed, same result.
@@ -75,12 +97,15 @@ def refine(
     Returns
     -------
     Refinement. B and A are rounded to the storage dtype first and S is fitted to them (unless `refiner.refits_S` is
-    False), so that on the mask the error is that of rounding S alone.
+    False): in the plain and the diagonal metric the error on the mask is that of rounding S alone, in the Gram metric S
+    is the least-squares solution for the rounded B and A. Without a low-rank part S stays `start` outside the Gram
+    metric.
 
     Raises
     ------
-    UsageError : shapes or dtypes that do not fit, a rank outside [0, min(d_out, d_in)], a scale that is not positive.
-    NonFiniteError : NaN or infinity in `W`, in `input_scale`, or in a result; the message names the iteration.
+    UsageError : shapes or dtypes that do not fit, a rank outside [0, min(d_out, d_in)], a scale that is not positive, a
+        metric that the refiner does not have.
+    NonFiniteError : NaN or infinity in `W`, in the statistics, or in a result; the message names the iteration.
 
     References
     ----------
@@ -88,14 +113,17 @@ def refine(
        on the mask after B and A are rounded; before rounding it equals the paper's S when the last residual has rank k.
     """
     rank = refiner.rank
-    _validate(W, mask, rank, input_scale)
+    _validate(W, mask, rank)
     compute = compute_dtype(W.dtype, dtype)
     storage = W.dtype if storage_dtype is None else storage_dtype
     if generator is None:
         generator = torch.Generator(device=W.device).manual_seed(0)
+    measure = _metric(W, refiner, input_scale, gram, metric, compute)
     dense = W.to(compute)
-    scale = None if input_scale is None else input_scale.to(device=W.device, dtype=compute)
-    problem = Problem(dense if scale is None else dense * scale, mask, generator)
+    first = None if start is None else _checked_start(start, W, mask).to(compute)
+    problem = Problem(
+        measure.scaled(dense), mask, generator, measure, None if first is None else measure.scaled(first), pattern
+    )
 
     state = refiner.init(problem)
     trace: list[Progress] = []
@@ -114,26 +142,98 @@ def refine(
     left, right = refiner.finish(problem, state)
     if not (all_finite(left) and all_finite(right)):
         raise NonFiniteError(f"{refiner.name} gave non-finite factors after iteration {len(trace) - 1}.")
+    mask = refiner.final_mask(problem, state)
     # Products with a 0/1 tensor of the compute dtype: far faster on a CPU than torch.where with a bool mask.
     kept = mask.to(compute)
-    objective = float(torch.linalg.vector_norm((problem.W - left @ right).mul_(1 - kept)))
-
-    if scale is not None:
-        right = right / scale
+    right = measure.unwhiten(right)
+    exact = problem.W - left @ right
+    right = measure.unscaled(right)
     B, A = left.to(storage), right.to(storage)
     L = B.to(compute) @ A.to(compute)
-    S = (dense - L) if refiner.refits_S else dense.clone()
-    S = S.mul_(kept).add_(0.0).to(storage)  # + 0 turns the -0 of a product into 0
+    fitted = _fit_S(refiner, dense, L, kept, first, measure)
+    # On the mask the error is that of S. Where S is least squares for the rounded L, that is the L to measure with.
+    if isinstance(measure, GramMetric):
+        objective = measure.norm(dense - fitted - L)
+    elif refiner.refits_S and refiner.rank > 0:
+        objective = float(torch.linalg.vector_norm(exact.mul_(1 - kept)))
+    else:
+        objective = float(torch.linalg.vector_norm(exact.sub_(measure.scaled(fitted))))
+    S = fitted.to(storage)
     if not all(all_finite(x) for x in (S, B, A)):
         raise NonFiniteError(
             f"rounding to {storage} overflowed after iteration {len(trace) - 1}. Store in bfloat16 or float32."
         )
-    norm = float(torch.linalg.vector_norm(dense))
-    rel_error = float(torch.linalg.vector_norm((dense - L).sub_(S))) / norm if norm > 0 else 0.0
-    return Refinement(SparseLowRank(S, B, A, mask), tuple(trace), status, rel_error, objective)
+    error = (dense - L).sub_(S)
+    return Refinement(
+        SparseLowRank(S, B, A, mask),
+        tuple(trace),
+        status,
+        _ratio(float(torch.linalg.vector_norm(error)), float(torch.linalg.vector_norm(dense))),
+        objective,
+        measure.name,
+        measure.damping,
+        None if measure.name == "plain" else _ratio(measure.norm(error), measure.norm(dense)),
+    )
 
 
-def _validate(W: Tensor, mask: Tensor, rank: int, input_scale: Tensor | None) -> None:
+def _fit_S(
+    refiner: AbstractRefiner, dense: Tensor, L: Tensor, kept: Tensor, start: Tensor | None, metric: Metric
+) -> Tensor:
+    """S for the rounded L, in the compute dtype."""
+    if isinstance(metric, GramMetric) and refiner.refits_S:
+        target = metric.scaled(dense - L)
+        first = target * kept if start is None else metric.scaled(start)
+        solved = masked_least_squares(target, first, kept, metric.parts()[0], max_steps=FINAL_STEPS, rtol=FINAL_RTOL)
+        S = metric.unscaled(solved.S)
+    elif not refiner.refits_S or refiner.rank == 0:
+        S = dense * kept if start is None else start.clone()
+    else:
+        S = (dense - L).mul_(kept)
+    return S.add_(0.0)  # + 0 turns the -0 of a product into 0
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+def _metric(
+    W: Tensor,
+    refiner: AbstractRefiner,
+    input_scale: Tensor | None,
+    gram: Tensor | None,
+    metric: Metric | None,
+    dtype: torch.dtype,
+) -> Metric:
+    """The one metric that the caller gave."""
+    if sum(x is not None for x in (input_scale, gram, metric)) > 1:
+        raise UsageError("pass one of input_scale, gram and metric.")
+    if metric is None:
+        if input_scale is not None:
+            if input_scale.shape != (W.shape[1],):
+                raise UsageError(f"input_scale must have shape ({W.shape[1]},), got {tuple(input_scale.shape)}.")
+            metric = diagonal_metric(input_scale.to(device=W.device, dtype=dtype))
+        elif gram is not None:
+            metric = gram_metric(gram.to(W.device), DEFAULT_DAMPING, dtype)
+        else:
+            metric = Metric()
+    if metric.scale is not None and metric.scale.shape != (W.shape[1],):
+        raise UsageError(f"the metric is of {metric.scale.shape[0]} inputs, W of shape {tuple(W.shape)} has others.")
+    if metric.name not in refiner.metrics:
+        known = ", ".join(refiner.metrics)
+        raise UsageError(f"refiner {refiner.name!r} has no metric {metric.name!r}. It has: {known}.")
+    return metric
+
+
+def _checked_start(start: Tensor, W: Tensor, mask: Tensor) -> Tensor:
+    if start.shape != W.shape or start.device != W.device or bool((start * ~mask).any()):
+        raise UsageError(
+            f"start must be of shape {tuple(W.shape)} on {W.device} and zero off the mask, got shape "
+            f"{tuple(start.shape)} on {start.device}."
+        )
+    return start
+
+
+def _validate(W: Tensor, mask: Tensor, rank: int) -> None:
     if W.ndim != 2 or not W.is_floating_point():
         raise UsageError(f"W must be a 2-D floating tensor, got shape {tuple(W.shape)} and dtype {W.dtype}.")
     if mask.shape != W.shape or mask.dtype != torch.bool or mask.device != W.device:
@@ -145,18 +245,6 @@ def _validate(W: Tensor, mask: Tensor, rank: int, input_scale: Tensor | None) ->
     if not all_finite(W):
         raise NonFiniteError(
             f"W of shape {tuple(W.shape)} holds NaN or infinity. Repair or re-download the checkpoint."
-        )
-    if input_scale is None:
-        return
-    if input_scale.shape != (W.shape[1],):
-        raise UsageError(f"input_scale must have shape ({W.shape[1]},), got {tuple(input_scale.shape)}.")
-    if not all_finite(input_scale):
-        raise NonFiniteError("input_scale holds NaN or infinity.")
-    if not bool((input_scale > 0).all()):
-        column = int((input_scale <= 0).nonzero()[0])
-        raise UsageError(
-            f"input_scale must be positive, got {float(input_scale[column])!r} in column {column}. "
-            "Replace the scale of a dead input by a small positive number."
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mendlm.errors import UsageError
 from mendlm.linalg import LeadingTriplets, Solver, Triplets, balance, make_solver
 from mendlm.refiners._base import AbstractRefiner, Problem, Progress
-from mendlm.refiners._completion import Completion
+from mendlm.refiners._completion import Completion, make_completion
 from mendlm.refiners.tlr import check_iterations
 
 
@@ -82,7 +82,7 @@ class AcceleratedTLR(AbstractRefiner):
     def init(self, problem: Problem) -> _State:
         """The residual of plain pruning, no momentum."""
         W = problem.W
-        completion = Completion(problem)
+        completion = make_completion(problem)
         solver = make_solver(self.solver, W.shape, self.rank, like=W, generator=problem.generator)
         empty = torch.empty_like(W)
         return _State(completion, solver, completion.pruned.clone(), torch.zeros_like(W), empty, torch.empty_like(W))

@@ -5,22 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from mendlm.linalg import truncate_svd
+from mendlm.metrics import MetricName
 from mendlm.refiners._base import AbstractRefiner, Problem, Progress
+from mendlm.refiners._completion import make_completion
 
 
 @dataclass(frozen=True)
 class ZeroShotSVD(AbstractRefiner):
-    """``L`` = best rank-k approximation of the pruned entries ``(1 - mask) * W``.
+    """``L`` = best rank-k approximation, in the metric, of what pruning took away, ``W - S``.
+
+    S is ``mask * W``, or what a criterion that updates weights (SparseGPT) made of it. In the Gram metric with
+    ``refit=False`` this is the closed-form compensation that EoRA proposes.
 
     Parameters
     ----------
     rank : k, 0 <= k <= min(d_out, d_in); 0 is plain pruning.
-    refit : fit S to L on the mask, as every other refiner does. False is the published baseline: S stays
-        ``mask * W``, so that L disturbs the kept entries. Refitting alone is worth most of what TLR gains at small
+    refit : fit S to L on the mask, as every other refiner does. False is the published baseline: S stays as it is,
+        so that L disturbs the kept entries. Refitting alone is worth most of what TLR gains at small
         rank (SmolLM2-135M, magnitude 50 %, k = 16; see docs/benchmarks.md).
 
     Notes
@@ -33,6 +37,7 @@ class ZeroShotSVD(AbstractRefiner):
     """
 
     name: ClassVar[str] = "zero-shot-svd"
+    calibrated_metric: ClassVar[MetricName] = "plain"
     rank: int
     refit: bool = True
 
@@ -53,12 +58,16 @@ class ZeroShotSVD(AbstractRefiner):
 
     def step(self, problem: Problem, state: tuple[Tensor, Tensor], t: int) -> tuple[tuple[Tensor, Tensor], Progress]:
         """The whole method."""
-        pruned = torch.where(problem.mask, 0, problem.W)
-        U, sigma, Vh = truncate_svd(pruned, self.rank)
+        completion = make_completion(problem)
+        lost = completion.pruned
+        if problem.start is not None:
+            lost = problem.metric.whiten(problem.W - problem.start)
+        U, sigma, Vh = truncate_svd(lost, self.rank)
         root = sigma.sqrt()
         left, right = U * root, root[:, None] * Vh
-        objective = float(torch.where(problem.mask, 0, problem.W - left @ right).norm())
-        total = float(pruned.square().sum())
+        L = left @ right
+        objective = float(completion.objective(completion.residual(L) if self.refit else lost, L))
+        total = float(lost.square().sum())
         energy = float(sigma.square().sum()) / total if total > 0 else 1.0
         return (left, right), Progress(self.rank, objective, energy)
 
@@ -69,9 +78,13 @@ class ZeroShotSVD(AbstractRefiner):
 
 @dataclass(frozen=True)
 class PruneOnly(AbstractRefiner):
-    """No low-rank part: ``S = mask * W``. The baseline that every refiner has to beat."""
+    """No low-rank part: ``S = mask * W``, or what the criterion made of it. The baseline of every refiner.
+
+    In the Gram metric S is fitted: the best weights for the mask.
+    """
 
     name: ClassVar[str] = "none"
+    calibrated_metric: ClassVar[MetricName] = "plain"
     rank: int = 0
 
     @property

@@ -35,6 +35,12 @@ class TensorRecord:
     rel_error : ``||W - S - B @ A||_F / ||W||_F`` of what is stored.
     energy_frac : share of the last residual that its leading triplets hold; None if no iteration was done.
     dense_bytes, stored_bytes : before and after, data alone.
+    metric : that the refiner minimised in: "plain", "diagonal" or "gram".
+    damping : added to the diagonal of the Gram matrix, as a share of its mean; None without one.
+    rel_output_error : error of what is stored relative to W, in the metric: ``||X (W - S - B @ A)^T||_F / ||X W^T||_F``
+        on the calibration text for "gram"; None for "plain".
+    n_tokens : calibration tokens that reached this weight; None without calibration.
+    n_dead : inputs that were zero for all of them; None without calibration.
     """
 
     name: str
@@ -53,6 +59,11 @@ class TensorRecord:
     energy_frac: float | None
     dense_bytes: int
     stored_bytes: int
+    metric: str = "plain"
+    damping: float | None = None
+    rel_output_error: float | None = None
+    n_tokens: int | None = None
+    n_dead: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""
@@ -61,7 +72,9 @@ class TensorRecord:
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`; fields of a newer version are ignored."""
-        known = {f.name: row[f.name] for f in dataclasses.fields(cls)}
+        known = {
+            f.name: row[f.name] for f in dataclasses.fields(cls) if f.name in row or f.default is dataclasses.MISSING
+        }
         d_out, d_in = known["shape"]
         return cls(**(known | {"shape": (d_out, d_in)}))
 
@@ -110,6 +123,7 @@ class Manifest:
     recipe : `Recipe.to_dict()`.
     inputs, outputs : file name -> {"sha256", "size_bytes"}.
     totals, records : what was done.
+    calibration : facts about the calibration text (source, sha256 of the tokens, …); None for data-free work.
     """
 
     mendlm_version: str
@@ -119,6 +133,7 @@ class Manifest:
     outputs: Mapping[str, Mapping[str, Any]]
     totals: Totals
     records: tuple[TensorRecord, ...]
+    calibration: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `mendlm.json`."""
@@ -129,6 +144,7 @@ class Manifest:
             "versions": dict(self.versions),
             "recipe": dict(self.recipe),
             "seed": self.recipe["seed"],
+            "calibration": None if self.calibration is None else dict(self.calibration),
             "inputs": dict(self.inputs),
             "outputs": dict(self.outputs),
             "totals": self.totals.to_dict(),
@@ -142,6 +158,7 @@ class Manifest:
             mendlm_version=parsed["mendlm_version"],
             versions=parsed["versions"],
             recipe=parsed["recipe"],
+            calibration=parsed.get("calibration"),
             inputs=parsed["inputs"],
             outputs=parsed["outputs"],
             totals=Totals.from_dict(parsed["totals"]),

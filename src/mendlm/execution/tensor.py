@@ -1,0 +1,106 @@
+"""The work on one tensor: mask, refine, pack, and the record of it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mendlm.budgets import sparsity_of
+from mendlm.checkpoints.plan import PlannedTensor
+from mendlm.inputs import InputStats, treat_dead_columns
+from mendlm.linalg import compute_dtype
+from mendlm.metrics import make_metric
+from mendlm.packing import pack_mask, unpack
+from mendlm.refiners import refine
+from mendlm.report.records import TensorRecord
+from mendlm.selection import select
+
+if TYPE_CHECKING:
+    from mendlm.config import Recipe
+
+
+def compress_tensor(
+    W: Tensor, tensor: PlannedTensor, recipe: Recipe, device: torch.device, inputs: InputStats | None = None
+) -> tuple[list[Tensor], TensorRecord]:
+    """Compress one weight.
+
+    Parameters
+    ----------
+    W : (d_out, d_in), a floating CPU tensor.
+    tensor : its plan.
+    recipe : how.
+    device : where to compute.
+    inputs : what calibration says about its inputs, if the recipe needs it.
+
+    Returns
+    -------
+    parts : values, bitmask, A and B on the CPU, in the order of `PlannedTensor.parts`.
+    record : what was done.
+
+    Raises
+    ------
+    UsageError, NonFiniteError : as `select` and `refine`, or dead inputs; they do not name the tensor.
+    """
+    W = W.to(device)
+    generator = tensor_generator(recipe.seed, tensor.name, device)
+    refiner = recipe.refiner_for(W.shape[0], W.shape[1], tensor.name)
+    pattern = recipe.pattern if tensor.pattern is None else tensor.pattern
+    used, stats = (W, None) if inputs is None else treat_dead_columns(W, inputs, recipe.dead_columns)
+    with torch.no_grad():
+        selection = select(used, recipe.criterion_object(), pattern, inputs=stats, generator=generator)
+        metric = make_metric(
+            recipe.metric_kind, stats, damping=recipe.damping, dtype=compute_dtype(W.dtype), device=device
+        )
+        out = refine(
+            used,
+            selection.mask,
+            refiner,
+            metric=metric,
+            start=selection.S,
+            pattern=pattern,
+            storage_dtype=getattr(torch, tensor.storage_dtype),
+            generator=generator,
+        )
+        mask = out.decomposition.mask
+        parts = [part.contiguous().cpu() for part in (out.S[mask], pack_mask(mask), out.A, out.B)]
+    d_out, d_in = W.shape
+    record = TensorRecord(
+        name=tensor.name,
+        shard=tensor.shard,
+        shape=(d_out, d_in),
+        dtype=tensor.dtype,
+        storage_dtype=tensor.storage_dtype,
+        criterion=recipe.criterion,
+        n_kept=parts[0].numel(),
+        sparsity=sparsity_of(parts[0].numel(), d_out, d_in),
+        rank=parts[2].shape[0],
+        n_iter=len(out.trace),
+        status=out.status,
+        objective=out.objective,
+        rel_error=out.rel_error,
+        energy_frac=out.trace[-1].energy_frac if out.trace else None,
+        dense_bytes=tensor.dense_bytes,
+        stored_bytes=sum(part.nbytes for part in parts),
+        metric=out.metric,
+        damping=out.damping,
+        rel_output_error=out.rel_output_error,
+        n_tokens=None if inputs is None else inputs.n_tokens,
+        n_dead=None if inputs is None else int(inputs.dead.sum()),
+    )
+    return parts, record
+
+
+def dense_weight(parts: list[Tensor], d_in: int, dtype: torch.dtype) -> Tensor:
+    """``S + B @ A`` (d_out, d_in) of stored parts, computed in at least float32 and rounded to `dtype`."""
+    values, bitmask, A, B = parts
+    wide = compute_dtype(values.dtype)
+    return torch.addmm(unpack(values, bitmask, d_in).to(wide), B.to(wide), A.to(wide)).to(dtype)
+
+
+def tensor_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """The source of randomness for one tensor: the same for a seed and a name, whatever was done before it."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

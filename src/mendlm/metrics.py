@@ -1,0 +1,216 @@
+"""Metrics: what the error of a weight is measured in. `refine` minimises the same objective in each of them.
+
+An error E (d_out, d_in) is measured as
+
+- plain: ``||E||_F``;
+- diagonal: ``||E D||_F``, D the root mean squares of the inputs;
+- gram: ``||E C||_F`` with ``C C^T = G + damping * mean(diag(G)) * I`` and G the Gram matrix ``X^T X / n`` of the inputs
+  X (n, d_in): up to damping ``||X E^T||_F / sqrt(n)``, the error of the outputs.
+
+Every metric scales columns first; in the scaled columns the Gram matrix has a unit diagonal, which preconditions the
+least-squares problems of `mendlm.refiners` (Jacobi).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mendlm.errors import NonFiniteError, UsageError
+from mendlm.inputs import InputStats
+from mendlm.linalg import all_finite
+
+MetricName = Literal["plain", "diagonal", "gram"]
+
+# Damping is raised tenfold while the factorization fails, from at least SMALLEST_DAMPING. With a share of 1 every
+# eigenvalue of a Gram matrix is at least the mean of its diagonal: what still fails is none.
+DAMPING_LIMIT = 1.0
+SMALLEST_DAMPING = 1e-8
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The plain metric, and what the others add.
+
+    Attributes
+    ----------
+    scale : (d_in,) > 0, columns are multiplied by it; None for ones.
+    """
+
+    name: ClassVar[MetricName] = "plain"
+    scale: Tensor | None = None
+
+    @property
+    def damping(self) -> float | None:
+        """Share of the mean of the Gram diagonal that was added to it; None without a Gram matrix."""
+        return None
+
+    def scaled(self, W: Tensor) -> Tensor:
+        """`W` (…, d_in) in scaled columns; `W` itself where there is nothing to scale."""
+        return W if self.scale is None else W * self.scale
+
+    def unscaled(self, W: Tensor) -> Tensor:
+        """The inverse of `scaled`."""
+        return W if self.scale is None else W / self.scale
+
+    def whiten(self, E: Tensor) -> Tensor:
+        """What the metric takes the Frobenius norm of, for `E` (…, d_in) in scaled columns."""
+        return E
+
+    def unwhiten(self, right: Tensor) -> Tensor:
+        """The inverse of `whiten`."""
+        return right
+
+    def norm(self, E: Tensor) -> float:
+        """The norm of an error (…, d_in) in the original columns."""
+        return float(torch.linalg.vector_norm(self.whiten(self.scaled(E))))
+
+
+@dataclass(frozen=True)
+class DiagonalMetric(Metric):
+    """Every input weighed by its root mean square."""
+
+    name: ClassVar[MetricName] = "diagonal"
+
+
+@dataclass(frozen=True)
+class GramMetric(Metric):
+    """The Gram matrix of the inputs.
+
+    Attributes
+    ----------
+    scale : (d_in,), the roots of the diagonal of the damped G.
+    correlation : (d_in, d_in), the damped G in scaled columns: unit diagonal.
+    factor : (d_in, d_in) lower triangular, ``factor @ factor.T == correlation``.
+    damping_share : that was needed.
+    """
+
+    name: ClassVar[MetricName] = "gram"
+    correlation: Tensor | None = None
+    factor: Tensor | None = None
+    damping_share: float = 0.0
+
+    @property
+    def damping(self) -> float | None:
+        """As `Metric.damping`."""
+        return self.damping_share
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Correlation and factor."""
+        if self.correlation is None or self.factor is None:
+            raise UsageError("a Gram metric is made by mendlm.metrics.gram_metric.")
+        return self.correlation, self.factor
+
+    def whiten(self, E: Tensor) -> Tensor:
+        """``E @ factor``."""
+        return E @ self.parts()[1]
+
+    def unwhiten(self, right: Tensor) -> Tensor:
+        """``right @ inv(factor)``, by a triangular solve."""
+        if not right.shape[0]:
+            return right
+        solved: Tensor = torch.linalg.solve_triangular(self.parts()[1], right, upper=False, left=False)
+        return solved
+
+
+def gram_metric(gram: Tensor, damping: float, dtype: torch.dtype) -> GramMetric:
+    """The metric of a Gram matrix.
+
+    Parameters
+    ----------
+    gram : (d_in, d_in), symmetric, positive semidefinite, with a positive diagonal.
+    damping : share of the mean of its diagonal that is added to the diagonal; raised tenfold up to 1 while the
+        factorization fails.
+    dtype : of the result; the factorization is in float64.
+
+    Raises
+    ------
+    UsageError : not a square matrix, a damping below 0, or a matrix that is not positive definite with damping 1.
+    NonFiniteError : NaN or infinity.
+
+    Notes
+    -----
+    ``d_in^3 / 3`` multiply-adds in float64.
+    """
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+        raise UsageError(f"gram must be a square matrix, got shape {tuple(gram.shape)}.")
+    if not damping >= 0:
+        raise UsageError(f"damping must be at least 0, got {damping!r}.")
+    G = gram.to(torch.float64)
+    if not all_finite(G):
+        raise NonFiniteError("the Gram matrix of the inputs holds NaN or infinity. Calibrate on other text.")
+    mean = float(G.diagonal().mean())
+    share = damping
+    while True:
+        damped = G.clone()
+        damped.diagonal().add_(share * mean)
+        scale = damped.diagonal().clamp_min(0).sqrt()
+        correlation = damped / torch.outer(scale, scale)
+        factor, info = torch.linalg.cholesky_ex(correlation)
+        # A pivot of the size of its rounding error is none: the factor could not be inverted in the compute dtype.
+        smallest = float(factor.diagonal().min()) if not bool(info) and factor.numel() else 0.0
+        if factor.numel() == 0 or smallest > torch.finfo(dtype).eps:
+            return GramMetric(scale.to(dtype), correlation.to(dtype), factor.to(dtype), share)
+        if share >= DAMPING_LIMIT:
+            raise UsageError(
+                f"the Gram matrix of the inputs is not positive definite after damping: not even with {share:g} times "
+                "its mean diagonal added to the diagonal, so it is no Gram matrix. Gather it again."
+            )
+        share = min(max(10 * share, SMALLEST_DAMPING), DAMPING_LIMIT)
+
+
+def make_metric(
+    kind: str, inputs: InputStats | None, *, damping: float, dtype: torch.dtype, device: torch.device
+) -> Metric:
+    """The metric `kind` for a weight with these inputs; weights with the same inputs share it.
+
+    Parameters
+    ----------
+    kind : "plain", "diagonal" or "gram".
+    inputs : calibration statistics without dead inputs (`InputStats.revived`); not needed for "plain".
+    damping : of a Gram matrix, as a share of the mean of its diagonal.
+    dtype : to compute in.
+    device : where the weight is.
+
+    Raises
+    ------
+    UsageError : unknown kind, or statistics that are missing.
+    NonFiniteError, UsageError : as `gram_metric`.
+    """
+    if kind == "plain":
+        return Metric()
+    if kind not in ("diagonal", "gram"):
+        raise UsageError(f"metric must be plain, diagonal or gram, got {kind!r}.")
+    if inputs is None or (kind == "gram" and inputs.gram is None):
+        what = "the Gram matrix" if kind == "gram" else "the second moments"
+        raise UsageError(f"metric {kind!r} needs {what} of the inputs. Calibrate, or take metric 'plain'.")
+    stats = inputs
+
+    def make() -> Metric:
+        if kind == "gram" and stats.gram is not None:
+            return gram_metric(stats.gram.to(device), damping, dtype)
+        return diagonal_metric(stats.scale.to(device, dtype))
+
+    return stats.cached(("metric", kind, damping, dtype, str(device)), make)
+
+
+def diagonal_metric(scale: Tensor) -> DiagonalMetric:
+    """The metric of input scales (d_in,).
+
+    Raises
+    ------
+    UsageError : a scale is not positive.
+    NonFiniteError : NaN or infinity.
+    """
+    if not all_finite(scale):
+        raise NonFiniteError("input_scale holds NaN or infinity.")
+    if not bool((scale > 0).all()):
+        column = int((scale <= 0).nonzero()[0])
+        raise UsageError(
+            f"input_scale must be positive, got {float(scale[column])!r} in column {column}. "
+            "Replace the scale of a dead input by a small positive number."
+        )
+    return DiagonalMetric(scale)
