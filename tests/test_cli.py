@@ -358,7 +358,7 @@ def test_wrong_use_is_one_sentence(case: str, broken: Path, capsys: pytest.Captu
     assert re.search(sentence, shown.err), shown.err
 
 
-@pytest.mark.parametrize("name", ["compress", "eval", "inspect", "import"])
+@pytest.mark.parametrize("name", ["compress", "eval", "inspect", "import", "recipes"])
 def test_help_has_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     shown = capsys.readouterr()
@@ -372,8 +372,85 @@ def test_help_names_what_there_is(capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["compress", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert ", ".join(CRITERIA) in shown
+    assert all(re.search(rf"\b{name}\b", shown) for name in CRITERIA)
     assert all(re.search(rf"\b{name}\b", shown) for name in REFINERS)
+
+
+def test_calibrated_compression(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("It was the best of times, it was the worst of times. " * 12)
+    how = ["--calibration", str(text), "--n-sequences", "4", "--seqlen", "32", "--windows", "leading"]
+    more = ["--criterion", "wanda", "--sparsity", "0.5", "--rank", "4", "--n-iter", "3", "--skip-layers", "-1"]
+    assert main(["compress", str(tiny_llama), str(out), *how, *more]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "block 1/2: gather"
+    assert len([line for line in lines if LINE.match(line)]) == N_PROJECTIONS // 2
+    assert main(["compress", str(tiny_llama), str(out), *how, *more, "--overwrite", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    recipe = json.loads((out / "mendlm.json").read_text())["recipe"]
+    assert recipe["pattern"] == {"sparsity": 0.5, "scope": "row"}
+    assert recipe["calibration"]["source"] == str(text)
+    assert recipe["skip_layers"] == [-1]
+    assert {record["metric"] for record in document["records"]} == {"gram"}
+    assert {record["n_tokens"] for record in document["records"]} == {4 * 32}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--criterion", "wanda"], "criterion 'wanda' weighs the inputs, so it needs calibration data"),
+        (["--metric", "gram"], "metric 'gram' weighs the inputs"),
+        (["--n-sequences", "3"], "n_sequences 3 is about calibration text, and there is none. Give --calibration"),
+        (
+            ["--layer-sparsity", "owl", "--calibration", "self", "--pattern", "2:4"],
+            "'owl' needs a pattern with a spars",
+        ),
+        (["--layer-sparsity", "other"], "unknown layer_sparsity 'other'"),
+        (["--tile", "16x16", "--scope", "row"], "--scope row does not go with --tile 16x16"),
+        (["--tile", "16"], "tile"),
+        (["--skip-layers", "a"], "--skip-layers must be whole numbers such as 0,1,-1, got 'a'"),
+        (["--skip-layers", "7"], "skip_layers 7: the model has 2 layers"),
+        (["--recipe", "wanda-5"], "Did you mean 'wanda-50'?"),
+        (
+            ["--calibration", "c3", "--criterion", "wanda"],
+            "unknown calibration source 'c3'. Available: c4, random-tokens, self, wikitext2",
+        ),
+        (["--calibration", "self", "--metric", "gram", "--refiner", "oats"], "refiner 'oats' has no metric 'gram'"),
+    ],
+)
+def test_wrong_use_of_calibration(
+    flags: list[str], sentence: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", str(tiny_llama), str(tmp_path / "out"), *flags]) == 2
+    shown = capsys.readouterr()
+    assert sentence in shown.err
+    assert shown.err.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["recipes"]) == 0
+    assert re.search(r"^wanda-tlr-2-4 +TLR on a Wanda", capsys.readouterr().out, re.MULTILINE)
+    assert main(["recipes", "wanda-tlr-2-4"]) == 0
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    assert main(["recipes", "wanda-tlr-2-4", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == {"wanda-tlr-2-4": Recipe.from_file(tmp_path / "mine.yaml").to_dict()}
+    assert main(["recipes", "wanda-tlr"]) == 2
+    assert "Did you mean" in capsys.readouterr().err
+
+
+def test_flags_over_a_built_in_recipe() -> None:
+    base = resolve_recipe("wanda-tlr-2-4", {}, Zeros(), {})
+    assert base.calibration is not None
+    mine = resolve_recipe("wanda-tlr-2-4", {"rank": "16"}, Zeros(), {"source": "train.txt", "seqlen": 1024})
+    assert mine.calibration == base.calibration.model_copy(update={"source": "train.txt", "seqlen": 1024})
+    assert (mine.rank, mine.criterion, mine.pattern) == (16, "wanda", NM(2, 4))
+    other = resolve_recipe("wanda-50", {"criterion": "magnitude", "refiner": "tlr"}, Zeros(), {})
+    assert other.pattern == Unstructured(0.5, "tensor")
+    assert (other.rank, other.metric) == ("5%", "auto")
+    tiles = resolve_recipe("wanda-50", {}, Zeros(tile="16x16"), {})
+    assert str(tiles.pattern) == str(Recipe(pattern={"sparsity": 0.5, "tile": "16x16"}).pattern)
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -526,7 +603,7 @@ def test_flags_that_exclude_each_other(tmp_path: Path) -> None:
 
 def test_every_flag_is_documented() -> None:
     text = (Path(__file__).resolve().parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
-    shared, *sections = re.split(r"^## (?=compress|eval|inspect|import)", text, flags=re.MULTILINE)
+    shared, *sections = re.split(r"^## (?=compress|eval|inspect|import|recipes)", text, flags=re.MULTILINE)
     pages = {section.split("\n")[0]: section for section in sections}
     for name, parsed in build_command().commands.items():
         flags = {flag for parameter in parsed.params for flag in parameter.opts if flag.startswith("--")}

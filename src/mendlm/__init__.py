@@ -15,6 +15,8 @@ _LAZY = {
     "AcceleratedTLR": "mendlm.refiners",
     "CompressionResult": "mendlm.pipeline",
     "NM": "mendlm.patterns",
+    "OATS": "mendlm.refiners",
+    "PCP": "mendlm.refiners",
     "PerplexityResult": "mendlm.evaluation.perplexity",
     "PruneOnly": "mendlm.refiners",
     "InputStats": "mendlm.inputs",
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from mendlm.patterns import Unstructured as Unstructured
     from mendlm.pipeline import CompressionResult as CompressionResult
     from mendlm.pipeline import compress as compress
+    from mendlm.refiners import OATS as OATS
+    from mendlm.refiners import PCP as PCP
     from mendlm.refiners import TLR as TLR
     from mendlm.refiners import AcceleratedTLR as AcceleratedTLR
     from mendlm.refiners import PruneOnly as PruneOnly

@@ -10,8 +10,12 @@ from mendlm.refiners._loop import Refinement as Refinement
 from mendlm.refiners._loop import check_rank as check_rank
 from mendlm.refiners._loop import refine as refine
 from mendlm.refiners.accelerated import AcceleratedTLR as AcceleratedTLR
+from mendlm.refiners.oats import OATS as OATS
+from mendlm.refiners.pcp import PCP as PCP
 from mendlm.refiners.tlr import TLR as TLR
 from mendlm.refiners.zero_shot import PruneOnly as PruneOnly
 from mendlm.refiners.zero_shot import ZeroShotSVD as ZeroShotSVD
 
-REFINERS: dict[str, type[AbstractRefiner]] = {cls.name: cls for cls in (TLR, AcceleratedTLR, ZeroShotSVD, PruneOnly)}
+REFINERS: dict[str, type[AbstractRefiner]] = {
+    cls.name: cls for cls in (TLR, AcceleratedTLR, ZeroShotSVD, PCP, OATS, PruneOnly)
+}

@@ -68,11 +68,13 @@ class AbstractRefiner(ABC):
     name : in `REFINERS` and in recipes.
     metrics : that the algorithm can minimise in.
     calibrated_metric : the one it takes where there is calibration data and nobody chose.
+    moves_mask : whether it chooses the mask itself, of the same pattern.
     """
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ("plain", "diagonal", "gram")
     calibrated_metric: ClassVar[MetricName] = "gram"
+    moves_mask: ClassVar[bool] = False
     rank: int
 
     @property
