@@ -96,15 +96,19 @@ def flags_of(mask: str, sparsity: str, column: str) -> list[str]:
 def cells() -> list[tuple[str, str, str]]:
     """(mask, sparsity, column) of every cell, the reference's first."""
     reference = [(m, s, c) for (m, s) in REFERENCE for c in REFERENCE_COLUMNS]
+    best = "accelerated, gram, sequential"
     more = [
-        *((m, s, c) for c in ("accelerated, gram, sequential", "TLR, gram, sequential") for m, s in REFERENCE),
+        *((m, s, best) for m, s in (("SparseGPT", "2:4"), ("Wanda", "2:4"), ("SparseGPT", "50 %"), ("Wanda", "50 %"))),
         *((m, s, "only pruned") for m in ("SparseGPT", "RIA", "Wanda, self") for s in SPARSITIES),
-        *((m, s, "accelerated, gram, sequential") for m in ("SparseGPT", "RIA", "Wanda, self") for s in SPARSITIES),
-        *(("Wanda", s, c) for c in ("OATS", "PCP") for s in SPARSITIES),
-        *((m, s, c) for c in ("TLR, diagonal", "TLR, gram", "accelerated, gram") for m, s in REFERENCE),
+        *(("Wanda", s, "OATS") for s in SPARSITIES),
+        *((m, s, best) for m in ("SparseGPT, self", "magnitude") for s in SPARSITIES),
+        *((m, s, "TLR, gram") for m, s in REFERENCE),
         *((m, s, "TLR") for m in ("RIA", "Wanda, self") for s in SPARSITIES),
         *(("SparseGPT", s, c) for c in ("zero-shot SVD", "TLR, gram") for s in SPARSITIES),
-        *(("SparseGPT, self", s, "accelerated, gram, sequential") for s in SPARSITIES),
+        *((m, s, c) for c in ("TLR, diagonal", "accelerated, gram") for m, s in REFERENCE),
+        *((m, s, best) for m in ("RIA", "Wanda, self") for s in SPARSITIES),
+        *((m, s, "TLR, gram, sequential") for m, s in REFERENCE),
+        *((m, s, "PCP") for m, s in REFERENCE),
     ]
     return [*reference, *more]
 

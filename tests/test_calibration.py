@@ -391,5 +391,4 @@ def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> 
         for out in ("make", str(tmp_path / f"out-{n}")):
             subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / f"model-{n}"), out, str(n)], check=True)
         peaks[n] = json.loads((tmp_path / f"out-{n}" / "mendlm.run.json").read_text())["peak_memory_bytes"]
-    print(peaks)
     assert peaks[32] < 1.1 * peaks[8], peaks
