@@ -78,7 +78,8 @@ def open_folder(path: Path) -> Folder:
     stems = sorted(name.removesuffix(_PARTS[0]) for name in parts if name.endswith(f".{_PARTS[0]}"))
     packed = {f"{stem}weight": _gather(stem, parts) for stem in stems}
     # An empty tensor of the weight's own name may stand beside its parts: the guard against loading without mendlm.
-    owned = {f"{stem}{part}" for stem in stems for part in (*_PARTS, "weight")}
+    # For experts that were stacked in the input it is the stack's name.
+    owned = {f"{stem}{part}" for stem in stems for part in (*_PARTS, "weight")} | {quantization.get("guard")}
     copied = {name: part for name, part in parts.items() if name not in owned}
     return Folder("packed", checkpoint.config, packed, copied)
 
