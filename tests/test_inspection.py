@@ -261,3 +261,17 @@ def test_unfinished_run(tmp_path: Path) -> None:
     (partial_folder(out) / "out").mkdir(parents=True)
     with pytest.raises(UsageError, match=r"unfinished run\. Finish it first.*--resume"):
         inspect(out)
+
+
+def test_the_recipe_of_tiles_and_of_a_calibrated_run_in_one_line() -> None:
+    from mendlm.cli.inspect import _recipe_line
+    from mendlm.config import Calibration, Recipe
+
+    tiles = _recipe_line(Recipe(pattern={"sparsity": 0.5, "tile": "8x4"}).to_dict())
+    assert "8" in tiles
+    assert "damping" not in tiles
+    text = Calibration(source="c4", n_sequences=16, seqlen=1024)
+    line = _recipe_line(Recipe(criterion="wanda", calibration=text).to_dict())
+    assert "criterion wanda" in line
+    assert "calibration c4 (16 × 1024, sequential)" in line
+    assert "pattern 0.5 row" in line

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 import mendlm
 from mendlm import TLR, PruneOnly, Recipe, Unstructured, refine, select_mask
+from mendlm.config import Calibration
 from mendlm.evaluation.perplexity import evaluate
 from mendlm.evaluation.text import bundled_text
 from mendlm.execution.tensor import tensor_generator
@@ -89,6 +90,19 @@ def test_mending_repairs_what_pruning_broke(smollm2: Path, pruned: Path, mended:
     assert dense_ppl < mended_ppl < pruned_ppl
     # In log perplexity at least a quarter of the damage is mended.
     assert math.log(pruned_ppl / mended_ppl) > 0.25 * math.log(pruned_ppl / dense_ppl)
+
+
+def test_a_few_pages_of_text_are_worth_more_than_any_iteration(smollm2: Path, mended: Path) -> None:
+    book = bundled_text().read_text(encoding="utf-8")
+    text = smollm2.parent / "second-half.txt"
+    text.write_text(book[len(book) // 2 :], encoding="utf-8")
+    how = Calibration(source=str(text), n_sequences=4, seqlen=256, windows="leading", propagate="dense")
+    recipe = Recipe(pattern=Unstructured(0.5), refiner=TLR(rank=16, n_iter=20), metric="diagonal", calibration=how)
+    out = smollm2.parent / "calibrated"
+    mendlm.compress(smollm2, out, recipe)
+    assert {(r.metric, r.n_tokens) for r in read_records(out)} == {("diagonal", 1024)}
+    free, calibrated = (evaluate(folder, text=bundled_text(), seqlen=512, n_windows=2).ppl for folder in (mended, out))
+    assert calibrated < 0.6 * free
 
 
 def test_runtimes_agree_on_the_real_model(mended: Path) -> None:

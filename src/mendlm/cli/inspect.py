@@ -99,11 +99,16 @@ def _show_table(found: Inspection) -> None:
 
 def _recipe_line(recipe: Mapping[str, Any]) -> str:
     """What was chosen, without the fields left empty."""
-    pattern = recipe["pattern"]
-    shown = {
-        "pattern": f"{pattern['n']}:{pattern['m']}" if "n" in pattern else f"{pattern['sparsity']} {pattern['scope']}"
-    }
-    chosen = {name: value for name, value in {**recipe, **shown}.items() if value not in (None, [], {})}
+    from mendlm.config import parse_pattern
+
+    shown: dict[str, Any] = {**recipe, "pattern": parse_pattern(recipe["pattern"])}
+    calibration = recipe.get("calibration")
+    if calibration is None:
+        shown = {name: value for name, value in shown.items() if name not in ("metric", "damping", "dead_columns")}
+    else:
+        size = f"{calibration['n_sequences']} × {calibration['seqlen'] or 'default'}"
+        shown["calibration"] = f"{calibration['source']} ({size}, {calibration['propagate']})"
+    chosen = {name: value for name, value in shown.items() if value not in (None, [], {})}
     return ", ".join(f"{name} {value}" for name, value in chosen.items())
 
 
