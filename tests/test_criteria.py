@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 import oracle
 from mendlm import NM, Recipe, Unstructured, select_mask
-from mendlm.criteria import CRITERIA, RIA, SparseGPT, Wanda
+from mendlm.criteria import CRITERIA, RIA, Magnitude, SparseGPT, Wanda
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats, treat_dead_columns
 from mendlm.patterns import Pattern, Tiles, n_kept_total
@@ -345,3 +345,30 @@ def test_gpu_chooses_as_the_cpu(criterion: str, pattern: Pattern) -> None:
     assert there.mask.device.type == "cuda"
     if here.S is not None and there.S is not None:
         torch.testing.assert_close(there.S.cpu(), here.S, rtol=0, atol=1e-10)
+
+
+def test_magnitude_settles_ties_by_column_and_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        W = torch.randn(40, 24, generator=generator).to(dtype)
+        W[:, ::3] = W[:, ::3].sign() * 0.5  # many ties, columns of equal norm
+        W[:, 1::3] = torch.where(W[:, 1::3] > 0, 0.5, W[:, 1::3] * 2)
+        mask = select_mask(W, "magnitude", NM(2, 4))
+        wide = W.abs().double().numpy()
+        norms = np.linalg.norm(wide, axis=0)
+        order = np.lexsort(  # stable: by magnitude, then by the smaller column, then by position
+            (np.broadcast_to(norms, wide.shape).reshape(-1, 4), -wide.reshape(-1, 4)), axis=1
+        )
+        expected = np.zeros((wide.size // 4, 4), dtype=bool)
+        np.put_along_axis(expected, order[:, :2], True, axis=1)
+        np.testing.assert_array_equal(mask.numpy(), expected.reshape(wide.shape))
+        by_position = select_mask(W, Magnitude(ties="position"), NM(2, 4))
+        assert not torch.equal(by_position, mask)
+        earlier = np.zeros_like(expected)
+        np.put_along_axis(earlier, np.argsort(-wide.reshape(-1, 4), axis=1, kind="stable")[:, :2], True, axis=1)
+        np.testing.assert_array_equal(by_position.numpy(), earlier.reshape(wide.shape))
+
+
+def test_neighbouring_float32_values_are_no_ties() -> None:
+    W = torch.tensor([[1.0, float(np.nextafter(np.float32(1), np.float32(2)))], [5.0, 0.0], [0.0, 100.0]])
+    assert select_mask(W, "magnitude", NM(1, 2))[0].tolist() == [False, True]  # the larger one, in the larger column
