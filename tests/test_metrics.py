@@ -11,9 +11,11 @@ import torch
 from mendlm import NM, OATS, PCP, TLR, AcceleratedTLR, PruneOnly, Unstructured, ZeroShotSVD, refine, select_mask
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats
+from mendlm.linalg import make_solver
 from mendlm.metrics import gram_metric, make_metric
 from mendlm.patterns import Pattern
 from mendlm.refiners import REFINERS, AbstractRefiner
+from mendlm.refiners._base import Problem
 from mendlm.refiners._least_squares import masked_least_squares
 from mendlm.selection import select
 from strategies import inputs_for, stats_for
@@ -59,13 +61,11 @@ def test_the_factor_is_one_of_the_damped_gram_matrix() -> None:
     expected = gram + 0.05 * gram.diagonal().mean() * torch.eye(D_IN, dtype=torch.float64)
     torch.testing.assert_close(C @ C.T, expected, rtol=0, atol=D_IN * 8 * EPS64 * float(gram.abs().max()))
     E = torch.randn(5, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(metric.unwhiten(metric.whiten(E)), E, rtol=0, atol=1e-11)
     assert metric.norm(E) == pytest.approx(float(torch.einsum("ij,jk,ik->", E, expected, E).sqrt()), rel=1e-12)
 
 
 def test_the_undamped_metric_is_the_error_of_the_outputs() -> None:
-    X = torch.from_numpy(inputs_for(D_IN)).double() if isinstance(inputs_for(D_IN), np.ndarray) else inputs_for(D_IN)
-    X = X.double()
+    X = inputs_for(D_IN)
     metric = gram_metric(X.T @ X / X.shape[0], 0.0, torch.float64)
     E = torch.randn(5, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert metric.damping == 0.0
@@ -126,7 +126,7 @@ def test_masked_least_squares_is_that_of_numpy(pattern: Pattern) -> None:
     expected = best_S(W.numpy(), mask.numpy(), root)
     best = np.linalg.norm((W.numpy() - expected) @ root)
     got = np.linalg.norm((W.numpy() - out.S.numpy()) @ root)
-    assert best * (1 - 1e-12) <= got <= best * (1 + 1e-4)  # the last step gains less than 1e-5 of its square
+    assert best * (1 - 1e-12) <= got <= best * (1 + 1e-3)  # the last step gains less than 1e-4 of its square
     assert out.objective == pytest.approx(got, rel=1e-9)
     assert out.rel_output_error == pytest.approx(got / np.linalg.norm(W.numpy() @ root), rel=1e-9)
 
@@ -169,8 +169,8 @@ def test_gram_refiners_reach_alternating_exact_minimisation(kind: type[AbstractR
     stats = stats_for(D_IN)
     root = root_of(gram_of(stats), 0.01)
     S = best_S(W.numpy(), mask.numpy(), root)
-    for _ in range(50):
-        L = best_L(W.numpy() - S, 4, root)
+    for t in range(51):
+        L = best_L(W.numpy() - S, 4 if kind is AcceleratedTLR else min(1 + 3 * t // 49, 4), root)
         S = best_S(W.numpy() - L, mask.numpy(), root)
     exact = np.linalg.norm((W.numpy() - S - L) @ root)
     metric = make_metric("gram", stats, damping=0.01, dtype=torch.float64, device=CPU)
@@ -178,36 +178,108 @@ def test_gram_refiners_reach_alternating_exact_minimisation(kind: type[AbstractR
     dense = out.decomposition.to_dense().numpy()
     assert np.linalg.norm((W.numpy() - dense) @ root) == pytest.approx(out.objective, rel=1e-9)
     assert out.objective < 0.97 * refine(W, mask, PruneOnly(), metric=metric).objective
-    if kind is AcceleratedTLR:  # TLR has the full rank in its last step only
-        assert out.objective <= exact * 1.001
-    else:
-        assert out.objective <= refine(W, mask, ZeroShotSVD(rank=4), metric=metric).objective
-
-
-def test_the_gram_objective_never_rises_at_constant_rank() -> None:
-    W = planted(D_OUT, D_IN)
-    mask = select_mask(W, "magnitude", NM(2, 4))
-    out = refine(W, mask, TLR(rank=1, n_iter=30, solver="exact"), gram=gram_of(stats_for(D_IN)))
-    objectives = [p.objective for p in out.trace]
-    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(objectives))
-    assert objectives[-1] < objectives[0]
-    assert out.objective <= objectives[-1] * (1 + 1e-12)
+    # One step of S per iteration instead of an exact fit, but the momentum of all: as good or better.
+    assert out.objective <= exact * 1.001
 
 
 @pytest.mark.parametrize(
-    "refiner", [TLR(4, 20, "exact"), AcceleratedTLR(4, 20, solver="exact"), ZeroShotSVD(4)], ids=repr
+    ("refiner", "kind"),
+    [  # not accelerated TLR in the diagonal metric: extrapolation may raise it
+        (TLR(1, 40, "exact"), "diagonal"),
+        (TLR(1, 40, "exact"), "gram"),
+        (AcceleratedTLR(4, 40, 0.0, "exact"), "gram"),
+    ],
+    ids=repr,
 )
-def test_a_diagonal_gram_matrix_is_the_diagonal_metric(refiner: AbstractRefiner) -> None:
+def test_the_objective_never_rises_at_constant_rank(refiner: AbstractRefiner, kind: str) -> None:
+    W = planted(D_OUT, D_IN)
+    mask = select_mask(W, "magnitude", NM(2, 4))
+    metric = make_metric(kind, stats_for(D_IN), damping=0.01, dtype=torch.float64, device=CPU)
+    out = refine(W, mask, refiner, metric=metric)
+    objectives = [p.objective for p in out.trace]
+    assert len(objectives) == 40
+    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(objectives))
+    assert objectives[-1] < 0.9 * objectives[0]
+    assert out.objective <= objectives[-1] * (1 + 1e-12)
+
+
+def test_the_reported_objective_is_that_of_S_and_L() -> None:
+    """The trace is predicted from a quadratic; the last L and S, not fitted any further, must give what it says."""
+    W = planted(D_OUT, D_IN)
+    mask = select_mask(W, "magnitude", NM(2, 4))
+    metric = gram_metric(gram_of(stats_for(D_IN)), 0.01, torch.float64)
+    refiner = AcceleratedTLR(4, 12, 0.0, "exact")
+    assert metric.scale is not None
+    problem = Problem(W * metric.scale, mask, torch.Generator().manual_seed(0), metric)
+    state = refiner.init(problem)
+    for t in range(12):
+        state, progress = refiner.step(problem, state, t)
+    left, right = refiner.finish(problem, state)
+    S = refiner.final_S(problem, state)
+    assert S is not None
+    error = metric.norm(W - (S + left @ right) / metric.scale)
+    assert torch.all(S[~mask] == 0)
+    # The left factor was fitted anew, to the S of the last step.
+    assert 0.99 * progress.objective <= error <= progress.objective * (1 + 1e-12)
+    _, again = refiner.step(problem, state, 12)
+    assert again.energy_frac == pytest.approx(1 - error**2 / metric.norm(W - S / metric.scale) ** 2, rel=1e-10)
+
+
+@pytest.mark.parametrize("identity", [False, True])
+@pytest.mark.parametrize(
+    "refiner", [PruneOnly(), ZeroShotSVD(4), ZeroShotSVD(4, False), TLR(4), AcceleratedTLR(4)], ids=repr
+)
+def test_a_diagonal_gram_matrix_is_the_diagonal_metric(refiner: AbstractRefiner, identity: bool) -> None:
     W = planted(D_OUT, D_IN)
     mask = select_mask(W, "magnitude", NM(2, 4))
     scale = torch.linspace(0.2, 3, D_IN, dtype=torch.float64)
-    diagonal = refine(W, mask, refiner, input_scale=scale)
+    scale = torch.ones_like(scale) if identity else scale
+    diagonal = refine(W, mask, refiner, input_scale=None if identity else scale)
     gram = refine(W, mask, refiner, metric=gram_metric(torch.diag(scale**2), 0.0, torch.float64))
-    assert diagonal.metric == "diagonal"
+    assert diagonal.metric == ("plain" if identity else "diagonal")
     assert gram.metric == "gram"
-    torch.testing.assert_close(gram.B @ gram.A, diagonal.B @ diagonal.A, rtol=0, atol=1e-7)
+    assert gram.rel_output_error == pytest.approx(
+        float(((W - gram.decomposition.to_dense()) * scale).norm() / (W * scale).norm()), rel=1e-12
+    )
+    if isinstance(refiner, TLR | AcceleratedTLR):  # other steps, to the same place or a better one
+        assert gram.objective <= diagonal.objective * 1.01
+        return
+    torch.testing.assert_close(gram.B @ gram.A, diagonal.B @ diagonal.A, rtol=0, atol=1e-10)
+    torch.testing.assert_close(gram.S, diagonal.S, rtol=0, atol=1e-10)
     assert gram.objective == pytest.approx(diagonal.objective, rel=1e-9)
-    assert gram.rel_output_error == pytest.approx(diagonal.rel_output_error, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_weighted_triplets_are_those_of_the_whitened_matrix(shape: tuple[int, int]) -> None:
+    g = torch.Generator().manual_seed(0)
+    M = planted(*shape)
+    stats = stats_for(shape[1])
+    metric = gram_metric(gram_of(stats), 0.01, torch.float64)
+    G, root = metric.parts()
+    U, sigma, _ = np.linalg.svd((M @ root).numpy(), full_matrices=False)
+    expected = U[:, :5] @ U[:, :5].T @ M.numpy()
+    solvers = [make_solver(name, M.shape, 5, root=root, like=M, generator=g) for name in ("exact", "subspace")]  # type: ignore[arg-type]
+    for solver, rtol in zip(solvers, (1e-12, 1e-6), strict=True):
+        for _ in range(20):
+            found = solver.leading(M, 5, M @ G)
+        found = solver.final(M, 5, M @ G)
+        np.testing.assert_allclose(
+            (found.left @ found.right).numpy(), expected, rtol=0, atol=rtol * np.abs(expected).max()
+        )
+        np.testing.assert_allclose((found.left.T @ found.left).numpy(), np.eye(5), rtol=0, atol=1e-12)
+        torch.testing.assert_close(found.weighted, found.right @ G, rtol=1e-9, atol=1e-9)
+        assert float(found.energy_frac) == pytest.approx((sigma[:5] ** 2).sum() / (sigma**2).sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(96, 160), (160, 96)])
+def test_the_subspace_solver_is_as_good_in_the_gram_metric(shape: tuple[int, int]) -> None:
+    W = planted(*shape, dtype=torch.float32)
+    stats = stats_for(shape[1])
+    mask = select_mask(W, "wanda", NM(2, 4), inputs=stats)
+    metric = make_metric("gram", stats, damping=0.01, dtype=torch.float32, device=CPU)
+    for k in (4, 24):
+        exact, subspace = (refine(W, mask, TLR(k, solver=s), metric=metric).objective for s in ("exact", "subspace"))
+        assert subspace <= exact * 1.01
 
 
 def test_whitened_zero_shot_svd_is_that_of_numpy() -> None:
@@ -324,7 +396,7 @@ def test_pcp_is_the_augmented_lagrangian_method() -> None:
         Y = Y + mu * (A - S - L)
     assert np.linalg.norm(A - S - L) < 1e-9 * np.linalg.norm(A)
     expected = np.linalg.svd(L, compute_uv=False).sum() + weight * np.abs(S).sum()
-    out = refine(W, mask, PCP(rank=16, n_iter=2000, growth=1.01, tol=1e-10))
+    out = refine(W, mask, PCP(rank=16, n_iter=2000, weight=1.0, growth=1.01, tol=1e-10))
     found = (out.B @ out.A).numpy()
     rest = (A - found) * P
     np.testing.assert_allclose(found[~P], A[~P], rtol=0, atol=1e-6 * np.abs(A).max())

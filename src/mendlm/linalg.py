@@ -2,6 +2,10 @@
 
 Shapes: a matrix M (d_out, d_in) is approximated by ``left @ right``, left (d_out, r), right (r, d_in). The two
 solvers share one interface, `LeadingTriplets`, so that an algorithm is written once and runs with either.
+
+Both also solve the weighted problem, the best approximation in the norm ``||M C||_F`` of a Gram matrix G = C @ C.T.
+With the leading left singular vectors Q of M C it is ``Q @ (Q.T @ M)``, so that C itself is never undone; and Q spans
+the leading eigenvectors of ``M G M.T``, for which M and the product M G, kept by the caller, are enough.
 """
 
 from __future__ import annotations
@@ -26,23 +30,29 @@ class Triplets(NamedTuple):
     Attributes
     ----------
     left : (d_out, r), orthonormal columns.
-    right : (r, d_in), orthogonal rows; the norm of row i is the i-th singular value.
-    energy_frac : 0-dim tensor, ``||left @ right||_F^2 / ||M||_F^2``; 1 for M = 0.
+    right : (r, d_in), ``left.T @ M``. Its rows are orthogonal (with a Gram matrix: in its inner product); the norm of
+        row i is the i-th singular value.
+    energy_frac : 0-dim tensor, ``||left @ right||^2 / ||M||^2`` in the norm of the problem; 1 for M = 0.
+    weighted : (r, d_in), ``left.T @ MG = right @ G``; `right` itself without a Gram matrix.
     """
 
     left: Tensor
     right: Tensor
     energy_frac: Tensor
+    weighted: Tensor
 
 
 class LeadingTriplets(Protocol):
-    """A way to get leading triplets of a sequence of matrices of one shape."""
+    """A way to get leading triplets of a sequence of matrices of one shape.
 
-    def leading(self, M: Tensor, rank: int) -> Triplets:
+    `MG` is ``M @ G`` for the norm of a Gram matrix G, None for the Frobenius norm.
+    """
+
+    def leading(self, M: Tensor, rank: int, MG: Tensor | None = None) -> Triplets:
         """Leading `rank` triplets of `M` as one cheap step of a sequence may give them."""
         ...
 
-    def final(self, M: Tensor, rank: int) -> Triplets:
+    def final(self, M: Tensor, rank: int, MG: Tensor | None = None) -> Triplets:
         """Leading `rank` triplets of `M`, taken with the care that a stored result deserves."""
         ...
 
@@ -116,14 +126,26 @@ def householder(Y: Tensor) -> Tensor:
 
 
 class FullSVD:
-    """The reference: a full SVD per call."""
+    """The reference: a full SVD per call.
 
-    def leading(self, M: Tensor, rank: int) -> Triplets:
+    Parameters
+    ----------
+    root : (d_in, d_in), C of the Gram matrix ``G = C @ C.T``; None for the Frobenius norm.
+    """
+
+    def __init__(self, root: Tensor | None = None) -> None:
+        self._root = root
+
+    def leading(self, M: Tensor, rank: int, MG: Tensor | None = None) -> Triplets:
         """Exact leading `rank` triplets of `M` (d_out, d_in)."""
-        U, sigma, Vh = truncate_svd(M, rank)
-        total = torch.linalg.vector_norm(M).square()
+        whitened = M if self._root is None else M @ self._root
+        U, sigma, Vh = truncate_svd(whitened, rank)
+        total = torch.linalg.vector_norm(whitened).square()
         energy = torch.where(total > 0, sigma.square().sum() / total, torch.ones_like(total))
-        return Triplets(U, sigma[:, None] * Vh, energy)
+        if MG is None:
+            right = sigma[:, None] * Vh
+            return Triplets(U, right, energy, right)
+        return Triplets(U, U.T @ M, energy, U.T @ MG)
 
     final = leading
 
@@ -133,7 +155,8 @@ class SubspaceIteration:
 
     Right when M changes little from call to call, which is what alternating projections do. Each step costs two
     products of M with a block of ``c = rank + oversampling`` columns (4 d_out d_in c flops), an orthonormalization and
-    a c x c symmetric eigenproblem (Rayleigh-Ritz), where a full SVD costs some 20 d_out d_in min(d_out, d_in).
+    a c x c symmetric eigenproblem (Rayleigh-Ritz), where a full SVD costs some 20 d_out d_in min(d_out, d_in). With a
+    Gram matrix it is three products, and a power step with ``M G M.T``.
 
     Parameters
     ----------
@@ -159,20 +182,20 @@ class SubspaceIteration:
         self._block = self._fresh[:, :0]
         self._lookahead = lookahead
 
-    def leading(self, M: Tensor, rank: int) -> Triplets:
+    def leading(self, M: Tensor, rank: int, MG: Tensor | None = None) -> Triplets:
         """Approximate leading `rank` triplets of `M` (d_out, d_in), from the block of the call before."""
         if not self._block.shape[1]:
-            return self._iterate(M, rank, 3)  # the block starts from noise
+            return self._iterate(M, rank, MG, 3)  # the block starts from noise
         # Where the block spans over half of the matrix, the singular values it leaves out are close to those it holds
         # and one step lags: at rank 128 of 192 the final TLR objective was up to 4.4 % above exact, with two steps 3 %.
         spans_half = 2 * self._fresh.shape[1] > min(M.shape)
-        return self._iterate(M, rank, 2 if spans_half else 1)
+        return self._iterate(M, rank, MG, 2 if spans_half else 1)
 
-    def final(self, M: Tensor, rank: int) -> Triplets:
+    def final(self, M: Tensor, rank: int, MG: Tensor | None = None) -> Triplets:
         """Three more steps, the last of them with Householder QR."""
-        return self._iterate(M, rank, 3, careful=True)
+        return self._iterate(M, rank, MG, 3, careful=True)
 
-    def _iterate(self, M: Tensor, rank: int, n_steps: int, careful: bool = False) -> Triplets:
+    def _iterate(self, M: Tensor, rank: int, MG: Tensor | None, n_steps: int, careful: bool = False) -> Triplets:
         n_columns = min(rank + OVERSAMPLING + self._lookahead, self._fresh.shape[1])
         V = self._block
         if V.shape[1] < n_columns:
@@ -180,17 +203,19 @@ class SubspaceIteration:
         for step in range(n_steps):
             Y = M @ V
             Q = householder(Y) if careful and step == n_steps - 1 else orthonormalize(Y)
-            Z = M.T @ Q
+            H = (M if MG is None else MG).T @ Q
             if step < n_steps - 1:
-                V = self._normalized(Z)
+                V = self._normalized(H)
+        Z = H if MG is None else M.T @ Q
         # Rayleigh-Ritz: rotate the block so that its columns are the singular directions, largest first.
-        energies, E = torch.linalg.eigh(Z.T @ Z)
+        energies, E = torch.linalg.eigh(Z.T @ H)
         E = E.flip(1)
         Z = Z @ E
-        self._block = self._normalized(Z)
-        total = torch.linalg.vector_norm(M).square()
+        H = Z if MG is None else H @ E
+        self._block = self._normalized(H)
+        total = torch.linalg.vector_norm(M).square() if MG is None else torch.dot(M.reshape(-1), MG.reshape(-1))
         energy = torch.where(total > 0, energies.flip(0)[:rank].sum() / total, torch.ones_like(total))
-        return Triplets(Q @ E[:, :rank], Z[:, :rank].T, energy)
+        return Triplets(Q @ E[:, :rank], Z[:, :rank].T, energy, H[:, :rank].T)
 
     def _normalized(self, Z: Tensor) -> Tensor:
         """Columns of norm 1; a column that vanished (M of low rank) is replaced by a fresh random one."""
@@ -200,14 +225,21 @@ class SubspaceIteration:
 
 
 def make_solver(
-    solver: Solver, shape: torch.Size, rank: int, *, lookahead: int = 0, like: Tensor, generator: torch.Generator
+    solver: Solver,
+    shape: torch.Size,
+    rank: int,
+    *,
+    lookahead: int = 0,
+    root: Tensor | None = None,
+    like: Tensor,
+    generator: torch.Generator,
 ) -> LeadingTriplets:
-    """The solver for matrices of `shape` and ranks up to `rank`.
+    """The solver for matrices of `shape` and ranks up to `rank`; `root` is C of a Gram matrix, as for `FullSVD`.
 
     "auto" takes the subspace iteration unless its block would span the whole matrix, where a full SVD is as cheap.
     """
     smallest = min(shape)
     if solver == "exact" or (solver == "auto" and rank + OVERSAMPLING >= smallest):
-        return FullSVD()
+        return FullSVD(root)
     columns = min(rank + OVERSAMPLING, smallest)
     return SubspaceIteration(shape[1], columns, lookahead=lookahead, like=like, generator=generator)

@@ -60,10 +60,6 @@ class Metric:
         """What the metric takes the Frobenius norm of, for `E` (…, d_in) in scaled columns."""
         return E
 
-    def unwhiten(self, right: Tensor) -> Tensor:
-        """The inverse of `whiten`."""
-        return right
-
     def norm(self, E: Tensor) -> float:
         """The norm of an error (…, d_in) in the original columns."""
         return float(torch.linalg.vector_norm(self.whiten(self.scaled(E))))
@@ -108,13 +104,6 @@ class GramMetric(Metric):
         """``E @ factor``."""
         return E @ self.parts()[1]
 
-    def unwhiten(self, right: Tensor) -> Tensor:
-        """``right @ inv(factor)``, by a triangular solve."""
-        if not right.shape[0]:
-            return right
-        solved: Tensor = torch.linalg.solve_triangular(self.parts()[1], right, upper=False, left=False)
-        return solved
-
 
 def gram_metric(gram: Tensor, damping: float, dtype: torch.dtype) -> GramMetric:
     """The metric of a Gram matrix.
@@ -150,7 +139,7 @@ def gram_metric(gram: Tensor, damping: float, dtype: torch.dtype) -> GramMetric:
         scale = damped.diagonal().clamp_min(0).sqrt()
         correlation = damped / torch.outer(scale, scale)
         factor, info = torch.linalg.cholesky_ex(correlation)
-        # A pivot of the size of its rounding error is none: the factor could not be inverted in the compute dtype.
+        # A pivot of the size of its rounding error is none: in the compute dtype the matrix would not be definite.
         smallest = float(factor.diagonal().min()) if not bool(info) and factor.numel() else 0.0
         if factor.numel() == 0 or smallest > torch.finfo(dtype).eps:
             return GramMetric(scale.to(dtype), correlation.to(dtype), factor.to(dtype), share)

@@ -58,10 +58,8 @@ class AbstractRefiner(ABC):
     """An algorithm that finds the low-rank part L = B @ A for a given mask.
 
     A subclass is a frozen dataclass whose fields are the hyperparameters. `init`, `step` and `finish` compute on
-    tensors only; the loop owns the step budget, the trace and the check for non-finite values.
-
-    L lives in the metric's whitened space (`Metric.whiten`), where the objective is a Frobenius norm; in the plain and
-    the diagonal metric that is the space of `Problem.W` itself.
+    tensors only, in the scaled columns of the metric; the loop owns the step budget, the trace and the check for
+    non-finite values.
 
     Attributes
     ----------
@@ -101,7 +99,11 @@ class AbstractRefiner(ABC):
 
     @abstractmethod
     def finish(self, problem: Problem, state: Any) -> tuple[Tensor, Tensor]:
-        """Factors ``left (d_out, rank)``, ``right (rank, d_in)`` of the final L, whitened, in the compute dtype."""
+        """Factors ``left (d_out, rank)``, ``right (rank, d_in)`` of the final L, in the compute dtype."""
+
+    def final_S(self, problem: Problem, state: Any) -> Tensor | None:
+        """S to begin the last fit with, or to keep where S is not fitted, in scaled columns; None for ``mask * W``."""
+        return problem.start
 
     def final_mask(self, problem: Problem, state: Any) -> Tensor:
         """The mask of the final S, bool; another one than `problem.mask` only for a refiner that moves it."""

@@ -41,23 +41,23 @@ def masked_least_squares(
     tiny = torch.finfo(S.dtype).tiny
     error = target - S
     gradient = error @ correlation
-    energy = (error * gradient).sum()
+    scratch = torch.mul(error, gradient)
+    energy = scratch.sum()
     residual = gradient.mul_(kept)
-    direction = residual.clone()
-    norms = residual.square().sum(dim=1, keepdim=True)
-    S = S.clone()
+    direction, image, S = residual.clone(), error, S.clone()
+    norms = torch.square(residual, out=scratch).sum(dim=1, keepdim=True)
     n_steps = 0
     while n_steps < max_steps:
         n_steps += 1
-        image = (direction @ correlation).mul_(kept)
-        alpha = norms / (direction * image).sum(dim=1, keepdim=True).clamp_min(tiny)
+        torch.mm(direction, correlation, out=image).mul_(kept)
+        alpha = norms / torch.mul(direction, image, out=scratch).sum(dim=1, keepdim=True).clamp_min(tiny)
         S.addcmul_(alpha, direction)
         residual.addcmul_(alpha, image, value=-1)
         gain = (alpha * norms).sum()
         energy = energy - gain
         if rtol > 0 and bool(gain <= rtol * energy):
             break
-        following = residual.square().sum(dim=1, keepdim=True)
+        following = torch.square(residual, out=scratch).sum(dim=1, keepdim=True)
         direction.mul_(following / norms.clamp_min(tiny)).add_(residual)
         norms = following
     return LeastSquares(S, n_steps, energy)

@@ -19,7 +19,7 @@ from mendlm.refiners._least_squares import masked_least_squares
 
 DEFAULT_DAMPING = 0.01
 # The last fit of S in the Gram metric: until a step gains less than this share of the squared error, or this many.
-FINAL_RTOL, FINAL_STEPS = 1e-5, 200
+FINAL_RTOL, FINAL_STEPS = 1e-4, 200
 
 
 @dataclass(frozen=True)
@@ -145,12 +145,11 @@ def refine(
     mask = refiner.final_mask(problem, state)
     # Products with a 0/1 tensor of the compute dtype: far faster on a CPU than torch.where with a bool mask.
     kept = mask.to(compute)
-    right = measure.unwhiten(right)
     exact = problem.W - left @ right
     right = measure.unscaled(right)
     B, A = left.to(storage), right.to(storage)
     L = B.to(compute) @ A.to(compute)
-    fitted = _fit_S(refiner, dense, L, kept, first, measure)
+    fitted = _fit_S(refiner, dense, L, kept, refiner.final_S(problem, state), measure)
     # On the mask the error is that of S. Where S is least squares for the rounded L, that is the L to measure with.
     if isinstance(measure, GramMetric):
         objective = measure.norm(dense - fitted - L)
@@ -177,16 +176,16 @@ def refine(
 
 
 def _fit_S(
-    refiner: AbstractRefiner, dense: Tensor, L: Tensor, kept: Tensor, start: Tensor | None, metric: Metric
+    refiner: AbstractRefiner, dense: Tensor, L: Tensor, kept: Tensor, found: Tensor | None, metric: Metric
 ) -> Tensor:
-    """S for the rounded L, in the compute dtype."""
+    """S for the rounded L, in the compute dtype; `found` is what the refiner had, in scaled columns."""
     if isinstance(metric, GramMetric) and refiner.refits_S:
         target = metric.scaled(dense - L)
-        first = target * kept if start is None else metric.scaled(start)
+        first = target * kept if found is None else found
         solved = masked_least_squares(target, first, kept, metric.parts()[0], max_steps=FINAL_STEPS, rtol=FINAL_RTOL)
         S = metric.unscaled(solved.S)
     elif not refiner.refits_S or refiner.rank == 0:
-        S = dense * kept if start is None else start.clone()
+        S = dense * kept if found is None else metric.unscaled(found)
     else:
         S = (dense - L).mul_(kept)
     return S.add_(0.0)  # + 0 turns the -0 of a product into 0

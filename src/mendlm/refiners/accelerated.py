@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from mendlm.errors import UsageError
-from mendlm.linalg import LeadingTriplets, Solver, Triplets, balance, make_solver
+from mendlm.linalg import LeadingTriplets, Solver, Triplets, balance
+from mendlm.metrics import GramMetric
 from mendlm.refiners._base import AbstractRefiner, Problem, Progress
-from mendlm.refiners._completion import Completion, make_completion
-from mendlm.refiners.tlr import check_iterations
+from mendlm.refiners._completion import Completion
+from mendlm.refiners._gram import GramAlternation
+from mendlm.refiners.tlr import check_iterations, solver_for
 
 
 @dataclass
@@ -79,16 +81,22 @@ class AcceleratedTLR(AbstractRefiner):
         """n_iter, or 0 if the rank is 0."""
         return self.n_iter if self.rank > 0 else 0
 
-    def init(self, problem: Problem) -> _State:
+    def init(self, problem: Problem) -> _State | GramAlternation:
         """The residual of plain pruning, no momentum."""
         W = problem.W
-        completion = make_completion(problem)
-        solver = make_solver(self.solver, W.shape, self.rank, like=W, generator=problem.generator)
+        solver = solver_for(problem, self.solver, self.rank)
+        if isinstance(problem.metric, GramMetric):
+            return GramAlternation(problem, problem.metric, solver)
+        completion = Completion(problem)
         empty = torch.empty_like(W)
         return _State(completion, solver, completion.pruned.clone(), torch.zeros_like(W), empty, torch.empty_like(W))
 
-    def step(self, problem: Problem, state: _State, t: int) -> tuple[_State, Progress]:
+    def step(
+        self, problem: Problem, state: _State | GramAlternation, t: int
+    ) -> tuple[_State | GramAlternation, Progress]:
         """Fit, measure, extrapolate."""
+        if isinstance(state, GramAlternation):
+            return state, state.step(self.rank)
         fitted = state.solver.leading(state.residual, self.rank)
         L = torch.mm(fitted.left, fitted.right, out=state.current)
         plain = state.completion.residual(L, out=state.residual)
@@ -112,13 +120,19 @@ class AcceleratedTLR(AbstractRefiner):
         state.previous, state.current = L, state.previous
         return state, Progress(self.rank, objective, energy_frac)
 
-    def converged(self, state: _State) -> bool:
+    def converged(self, state: _State | GramAlternation) -> bool:
         """Whether the last step changed the objective by no more than rtol."""
         return state.change <= self.rtol and self.rtol > 0
 
-    def finish(self, problem: Problem, state: _State) -> tuple[Tensor, Tensor]:
+    def finish(self, problem: Problem, state: _State | GramAlternation) -> tuple[Tensor, Tensor]:
         """The factors of the best iterate."""
+        if isinstance(state, GramAlternation):
+            return state.factors(self.rank)
         if state.best is None:
             W = problem.W
             return W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1])
         return balance(state.best.left, state.best.right)
+
+    def final_S(self, problem: Problem, state: _State | GramAlternation) -> Tensor | None:
+        """That of the last step in the Gram metric."""
+        return state.S if isinstance(state, GramAlternation) else problem.start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,7 +28,7 @@ class _State:
 
 @dataclass(frozen=True)
 class PCP(AbstractRefiner):
-    """Minimise ``||L||_* + weight * ||S||_1`` subject to ``W = S + L``, S zero off the mask; then cut L to rank k.
+    """Minimise ``||L||_* + lam * ||S||_1`` subject to ``W = S + L``, S zero off the mask; then cut L to rank k.
 
     The inexact augmented Lagrangian method: L by singular value thresholding, S by soft thresholding on the mask, a
     step of the multiplier, and a penalty that grows.
@@ -36,7 +37,7 @@ class PCP(AbstractRefiner):
     ----------
     rank : k, 0 <= k <= min(d_out, d_in), of the final L. 0 is plain pruning.
     n_iter : most iterations, each a full SVD, >= 1.
-    weight : of ``||S||_1``; 0 stands for ``1 / sqrt(max(d_out, d_in))``, the value of the theory.
+    weight : lam in units of ``1 / sqrt(max(d_out, d_in))``, the value of the theory; 0 leaves the nuclear norm alone.
     growth : factor of the penalty per iteration, >= 1.
     tol : stop when ``||W - S - L||_F <= tol * ||W||_F``.
 
@@ -49,15 +50,20 @@ class PCP(AbstractRefiner):
     Off the mask the constraint makes L equal to W, so L is a completion of the pruned entries with the smallest nuclear
     norm, and of full rank in general: the cut to rank k loses what a method that knows k would have spared.
 
+    The theory is of matrices that are low rank plus sparse. A layer is neither, and with a weight of 1 so much of the
+    kept entries moves into L that the cut leaves more than plain pruning does: on a q_proj of SmolLM2-135M, magnitude
+    50 %, k = 16, ``rel_error`` is 0.260 against 0.214; with 0.25 and below 0.192 (zero-shot SVD 0.195, TLR 0.188).
+
     References
     ----------
     .. [1] Candès, Li, Ma, Wright (2011), Robust Principal Component Analysis?, Journal of the ACM 58, eq. 1.1, and the
-       value of `weight` of Theorem 1.1.
+       unit of `weight` of Theorem 1.1.
     .. [2] Lin, Chen, Ma (2010), The Augmented Lagrange Multiplier Method for Exact Recovery of Corrupted Low-Rank
        Matrices, arXiv:1009.5055, Algorithm 5 (inexact ALM), whose start values and growth these are.
     .. [3] Shen et al. (2025), Targeted Low-rank Refinement, ICML 2025: the baseline with a given mask. Deviations:
-       their code descends a gradient of the sum with a norm for the largest column sum in place of the entrywise one;
-       here S is fitted to L on the mask at the end, as for every refiner.
+       their code descends a gradient of the sum with a norm for the largest column sum in place of the entrywise one,
+       so that the nuclear norm decides nearly alone, which a small weight comes closest to; here S is fitted to L on
+       the mask at the end, as for every refiner.
     """
 
     name: ClassVar[str] = "pcp"
@@ -65,7 +71,7 @@ class PCP(AbstractRefiner):
     calibrated_metric: ClassVar[MetricName] = "plain"
     rank: int
     n_iter: int = 30
-    weight: float = 0.0
+    weight: float = 0.25
     growth: float = 1.5
     tol: float = 1e-5
 
@@ -85,8 +91,9 @@ class PCP(AbstractRefiner):
         """S = 0, and the multiplier and penalty of [2]."""
         W = problem.W
         spectral = float(torch.linalg.matrix_norm(W, 2)) if W.any() else 1.0
-        largest = float(W.abs().max()) / self._weight(W)
-        Y = W / max(spectral, largest)
+        lam = self._lam(W)
+        # With lam = 0 no multiplier but zero is feasible.
+        Y = W / max(spectral, float(W.abs().max()) / lam) if lam > 0 else torch.zeros_like(W)
         empty = W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1])
         return _State(Completion(problem), torch.zeros_like(W), Y, 1.25 / spectral, *empty)
 
@@ -97,7 +104,7 @@ class PCP(AbstractRefiner):
         sigma = (sigma - 1 / mu).clamp_min(0)
         L = (U * sigma) @ Vh
         target = W - L + state.Y / mu
-        state.S = torch.sgn(target) * (target.abs() - self._weight(W) / mu).clamp_min(0) * problem.mask
+        state.S = torch.sgn(target) * (target.abs() - self._lam(W) / mu).clamp_min(0) * problem.mask
         gap = W - L - state.S
         state.Y = state.Y + mu * gap
         state.mu = mu * self.growth
@@ -117,5 +124,5 @@ class PCP(AbstractRefiner):
         """The leading k triplets of L."""
         return state.left, state.right
 
-    def _weight(self, W: Tensor) -> float:
-        return self.weight or max(W.shape) ** -0.5
+    def _lam(self, W: Tensor) -> float:
+        return self.weight / math.sqrt(max(W.shape))

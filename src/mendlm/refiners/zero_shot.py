@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from mendlm.linalg import truncate_svd
-from mendlm.metrics import MetricName
+from mendlm.linalg import FullSVD, balance, truncate_svd
+from mendlm.metrics import GramMetric, MetricName
 from mendlm.refiners._base import AbstractRefiner, Problem, Progress
-from mendlm.refiners._completion import make_completion
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,17 @@ class ZeroShotSVD(AbstractRefiner):
 
     def step(self, problem: Problem, state: tuple[Tensor, Tensor], t: int) -> tuple[tuple[Tensor, Tensor], Progress]:
         """The whole method."""
-        completion = make_completion(problem)
-        lost = completion.pruned
-        if problem.start is not None:
-            lost = problem.metric.whiten(problem.W - problem.start)
+        W, metric = problem.W, problem.metric
+        lost = W * ~problem.mask if problem.start is None else W - problem.start
+        if isinstance(metric, GramMetric):
+            G, root = metric.parts()
+            found = FullSVD(root).leading(lost, self.rank, lost @ G)
+            objective = float(torch.linalg.vector_norm(metric.whiten(lost - found.left @ found.right)))
+            return balance(found.left, found.right), Progress(self.rank, objective, float(found.energy_frac))
         U, sigma, Vh = truncate_svd(lost, self.rank)
-        root = sigma.sqrt()
-        left, right = U * root, root[:, None] * Vh
-        L = left @ right
-        objective = float(completion.objective(completion.residual(L) if self.refit else lost, L))
+        left, right = U * sigma.sqrt(), sigma.sqrt()[:, None] * Vh
+        error = lost - left @ right
+        objective = float(torch.linalg.vector_norm(error * ~problem.mask if self.refit else error))
         total = float(lost.square().sum())
         energy = float(sigma.square().sum()) / total if total > 0 else 1.0
         return (left, right), Progress(self.rank, objective, energy)
