@@ -11,7 +11,7 @@ import torch
 from mendlm import NM, OATS, PCP, TLR, AcceleratedTLR, PruneOnly, Unstructured, ZeroShotSVD, refine, select_mask
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats
-from mendlm.linalg import make_solver
+from mendlm.linalg import FullSVD, SubspaceIteration, make_solver
 from mendlm.metrics import gram_metric, make_metric
 from mendlm.patterns import Pattern
 from mendlm.refiners import REFINERS, AbstractRefiner
@@ -269,6 +269,14 @@ def test_weighted_triplets_are_those_of_the_whitened_matrix(shape: tuple[int, in
         np.testing.assert_allclose((found.left.T @ found.left).numpy(), np.eye(5), rtol=0, atol=1e-12)
         torch.testing.assert_close(found.weighted, found.right @ G, rtol=1e-9, atol=1e-9)
         assert float(found.energy_frac) == pytest.approx((sigma[:5] ** 2).sum() / (sigma**2).sum(), rel=1e-9)
+
+
+def test_auto_leaves_the_subspace_sooner_with_a_gram_matrix() -> None:
+    M, g = torch.zeros(96, 160), torch.Generator()
+    root = torch.eye(160)
+    for rank, plain, gram in ((32, SubspaceIteration, SubspaceIteration), (33, SubspaceIteration, FullSVD)):
+        assert isinstance(make_solver("auto", M.shape, rank, like=M, generator=g), plain)
+        assert isinstance(make_solver("auto", M.shape, rank, root=root, like=M, generator=g), gram)
 
 
 @pytest.mark.parametrize("shape", [(96, 160), (160, 96)])

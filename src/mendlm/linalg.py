@@ -236,10 +236,13 @@ def make_solver(
 ) -> LeadingTriplets:
     """The solver for matrices of `shape` and ranks up to `rank`; `root` is C of a Gram matrix, as for `FullSVD`.
 
-    "auto" takes the subspace iteration unless its block would span the whole matrix, where a full SVD is as cheap.
+    "auto" takes the subspace iteration unless its block would span the whole matrix, where a full SVD is as cheap; with
+    a Gram matrix half of it. There little error is left, so that what the iteration lags behind shows: 192 x 576 at
+    rank 128 ends at twice the objective of exact, in half its time.
     """
     smallest = min(shape)
-    if solver == "exact" or (solver == "auto" and rank + OVERSAMPLING >= smallest):
-        return FullSVD(root)
     columns = min(rank + OVERSAMPLING, smallest)
+    spans = columns >= smallest if root is None else 2 * columns > smallest
+    if solver == "exact" or (solver == "auto" and spans):
+        return FullSVD(root)
     return SubspaceIteration(shape[1], columns, lookahead=lookahead, like=like, generator=generator)

@@ -44,9 +44,9 @@ class Progress:
     Attributes
     ----------
     rank : rank r of the low-rank part used in this step.
-    objective : ``||W - S - L_r||`` in the metric, with S fitted to L_r on the mask. In the plain and the diagonal
-        metric that is ``||(1 - mask) * (W - L_r)||_F``: the error off the mask.
-    energy_frac : ``||L_r||_F^2 / ||L||_F^2``, the share of the residual L that its leading r triplets hold.
+    objective : ``||W - S - L_r||`` in the metric after the step. In the plain and the diagonal metric S fits L_r on the
+        mask, so that this is the error off the mask, ``||(1 - mask) * (W - L_r)||_F``.
+    energy_frac : ``||L_r||^2 / ||L||^2`` in the metric, the share of the residual L that its leading r triplets hold.
     """
 
     rank: int
@@ -99,7 +99,7 @@ class AbstractRefiner(ABC):
 
     @abstractmethod
     def finish(self, problem: Problem, state: Any) -> tuple[Tensor, Tensor]:
-        """Factors ``left (d_out, rank)``, ``right (rank, d_in)`` of the final L, in the compute dtype."""
+        """Factors ``left (d_out, rank)``, ``right (rank, d_in)`` of the final L in scaled columns, compute dtype."""
 
     def final_S(self, problem: Problem, state: Any) -> Tensor | None:
         """S to begin the last fit with, or to keep where S is not fitted, in scaled columns; None for ``mask * W``."""

@@ -50,11 +50,14 @@ class TLR(AbstractRefiner):
     On the mask the paper's step ``S + mask * tail(W - S)`` equals ``mask * (W - L_r)``, so only the leading triplets
     are needed. A subspace step costs 6 d_out d_in r flops and a few passes over the matrix; memory: four copies of W.
 
+    In the Gram metric S cannot be fitted entry by entry; a step takes one step of conjugate gradients for it, with a
+    product by the Gram matrix: see `GramAlternation`.
+
     References
     ----------
     .. [1] Shen et al. (2025), Targeted Low-rank Refinement, ICML 2025, PMLR 267:54457-54475, Algorithm 1. Deviations:
        with "subspace" the triplets of a step are approximate; the authors' code may stop early once the leading
-       singular values hold 99 % of their sum, this does not.
+       singular values hold 99 % of their sum, this does not; the paper has the plain metric only.
     """
 
     name: ClassVar[str] = "tlr"
