@@ -74,8 +74,8 @@ def peak_mb(n_blocks: int) -> float:
     """Peak memory of a calibrated run of a random model, Gram matrices included."""
     model, out = ROOT / "work" / f"random-{n_blocks}", ROOT / "work" / f"random-{n_blocks}-out"
     subprocess.run([sys.executable, "-c", MAKE, str(model), str(n_blocks)], check=True)
-    flags = ["--calibration", "random-tokens", "--n-sequences", "8", "--seqlen", "256", "--metric", "gram"]
-    more = ["--criterion", "wanda", "--rank", "8", "--n-iter", "2", "--overwrite", "--json"]
+    flags = ["--calibration", "random-tokens", "--n-sequences", "8", "--seqlen", "256", "--overwrite", "--json"]
+    more = ["--criterion", "sparsegpt", "--refiner", "none"]
     command = [sys.executable, "-m", "mendlm", "compress", str(model), str(out), *flags, *more]
     subprocess.run(command, check=True, capture_output=True)
     return float(json.loads((out / "mendlm.run.json").read_text())["peak_memory_bytes"]) / 1e6

@@ -370,15 +370,15 @@ PEAK = """
 import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import mendlm
-from mendlm import Recipe, TLR
+from mendlm import Recipe
 from mendlm.config import Calibration
 folder, out, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
 if out == "make":
-    config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=1536, num_hidden_layers=n,
-        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=128, tie_word_embeddings=True)
+    config = LlamaConfig(vocab_size=64, hidden_size=384, intermediate_size=1024, num_hidden_layers=n,
+        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=128, tie_word_embeddings=True)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 else:
-    recipe = Recipe(criterion="wanda", refiner=TLR(rank=4, n_iter=2), metric="gram",
+    recipe = Recipe(criterion="sparsegpt", refiner="none",
         calibration=Calibration(source="random-tokens", n_sequences=4, seqlen=64))
     mendlm.compress(folder, out, recipe)
 """
@@ -392,3 +392,16 @@ def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> 
             subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / f"model-{n}"), out, str(n)], check=True)
         peaks[n] = json.loads((tmp_path / f"out-{n}" / "mendlm.run.json").read_text())["peak_memory_bytes"]
     assert peaks[32] < 1.1 * peaks[8], peaks
+
+
+def test_trimming_is_harmless_where_it_is_not_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mendlm import _memory
+
+    _memory.trim()
+    _memory._malloc_trim.cache_clear()
+    monkeypatch.setattr(_memory.ctypes, "CDLL", lambda name: object())
+    try:
+        _memory.trim()  # a C library without it
+        assert _memory._malloc_trim()(0) is None
+    finally:
+        _memory._malloc_trim.cache_clear()

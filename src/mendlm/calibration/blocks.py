@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mendlm._memory import trim
 from mendlm.checkpoints.header import FLOATING, TensorInfo
 from mendlm.checkpoints.reader import Checkpoint, Shard, read_tensor
 from mendlm.errors import CheckpointError, UsageError
@@ -97,6 +98,7 @@ class BlockModel:
             empty = {name: torch.empty_like(value, device="meta") for name, value in block.named_parameters()}
             block.load_state_dict(empty, strict=False, assign=True)
             block.requires_grad_(False)
+            trim()
 
     def forward(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """Output of a loaded block for hidden states (batch, seqlen, hidden)."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mendlm._memory import trim
 from mendlm.allocation import outlier_frac, owl_sparsities
 from mendlm.calibration.blocks import BlockModel
 from mendlm.calibration.walk import CalibrationText, Walk, modules_by_block
@@ -69,6 +70,7 @@ def prepare(checkpoint: Checkpoint, plan: CompressionPlan, device: torch.device,
         max_positions=max_positions(checkpoint.config),
         device=device,
     )
+    trim()
     facts = {
         "source": windows.source,
         "n_sequences": windows.ids.shape[0],

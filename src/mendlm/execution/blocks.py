@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mendlm._memory import trim
 from mendlm.calibration.blocks import BlockModel
 from mendlm.calibration.walk import CalibrationText, Walk, modules_by_block
 from mendlm.checkpoints.plan import PlannedTensor
@@ -88,6 +89,8 @@ class BlockRun(Run):
         for name in {tensor.shard for tensor in pending}:
             writers[name].sync()
         self.staging.journal.sync()
+        del stats
+        trim()
         return stored
 
     def _stored(self, writers: Mapping[str, ShardWriter], tensor: PlannedTensor) -> list[Tensor]:
