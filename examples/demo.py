@@ -74,9 +74,11 @@ def main() -> None:
         table.add_row(label, f"{ppl:.2f}", f"{size / 1e6:.1f} MB", f"{100 * size / dense_bytes:.1f} %", made)
     console.print(table)
 
-    console.print("[bold]4. Open[/] the mended folder with AutoModelForCausalLM.from_pretrained")
-    say_something(options.work / "mended")
-    console.print(f"done in {time.perf_counter() - started:.0f} s; the mended model is in {options.work / 'mended'}")
+    console.print("[bold]4. Open[/] the calibrated folder with AutoModelForCausalLM.from_pretrained")
+    say_something(options.work / "calibrated")
+    console.print(
+        f"done in {time.perf_counter() - started:.0f} s; the calibrated model is in {options.work / 'calibrated'}"
+    )
 
 
 def smollm2_gguf() -> Path:
