@@ -3,7 +3,8 @@
     python benchmarks/quality.py [--rows …] [--columns …] [--minutes 55] [--list]
 
 Every cell is two processes that a user could type, `mendlm compress` and `mendlm eval`; its result goes to
-work/quality.jsonl at once, and results/quality-cpu.json and docs/quality.md are written from that file at the end.
+work/quality.jsonl at once; results/quality-cpu.json, which a fresh clone goes on from, and docs/quality.md are written
+from it at the end.
 
 Protocol: float32; WikiText-2 raw test split joined with blank lines, its first 8 windows of 2048 tokens, no BOS.
 Calibration: the first 16 windows of 1024 tokens of the tokenised WikiText-2 validation split, `<unk>` read as "the";
@@ -25,6 +26,7 @@ from typing import Any
 from _common import ROOT, environment, smollm2, wikitext
 
 DONE = ROOT / "work" / "quality.jsonl"
+RESULTS = ROOT / "benchmarks" / "results" / "quality-cpu.json"
 PAGE = ROOT / "docs" / "quality.md"
 SPARSITIES = {"50 %": ["--sparsity", "0.5"], "2:4": ["--pattern", "2:4"]}
 RANK = ["--rank", "16"]
@@ -115,7 +117,8 @@ def cells() -> list[tuple[str, str, str]]:
 
 def done() -> dict[tuple[str, ...], dict[str, Any]]:
     """Cells measured so far; a cell whose flags have changed since counts as not measured."""
-    rows = [json.loads(line) for line in DONE.read_text().splitlines()] if DONE.exists() else []
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    rows += [json.loads(line) for line in DONE.read_text().splitlines()] if DONE.exists() else []
     return {(r["mask"], r["sparsity"], r["column"]): r for r in rows if r["flags"] == shown(flags_of_row(r))}
 
 
@@ -186,8 +189,7 @@ def write(results: dict[tuple[str, ...], dict[str, Any]]) -> None:
         "protocol": (__doc__ or "").split("Protocol: ")[1],
         "rows": list(results.values()),
     }
-    out = ROOT / "benchmarks" / "results" / "quality-cpu.json"
-    out.write_text(json.dumps(document, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
     if PAGE.exists() and dense:
         text = PAGE.read_text(encoding="utf-8")
         before, found, tail = text.partition("<!-- quality -->\n")
