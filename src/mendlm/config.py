@@ -182,8 +182,9 @@ class Recipe(BaseModel):
     criterion_options : the criterion's further fields.
     calibration : a `Calibration`, or its source alone; None for data-free work.
     metric : what the refiner minimises: "plain" the error of the weights, "diagonal" with every input weighed by its
-        root mean square, "gram" the error of the outputs on the calibration text; "auto" is "gram" with calibration
-        ("diagonal" for a refiner that has no Gram metric) and "plain" without.
+        root mean square, "gram" the error of the outputs on the calibration text; "auto" is "plain" without
+        calibration, and with it what suits the refiner: "gram" for TLR, "diagonal" for OATS, "plain" for the other
+        published baselines.
     damping : added to the diagonal of a Gram matrix, as a share of its mean.
     dead_columns : what to do with inputs that calibration never saw: "keep", "drop" or "error".
     layer_sparsity : "owl" or an `Owl`: sparsities by block, around that of an unstructured pattern.

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+
+def merge(S: Tensor, B: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
+    """``S + B @ A`` (d_out, d_in), computed in at least float32 and rounded once, to `dtype`."""
+    from mendlm.linalg import compute_dtype
+
+    wide = compute_dtype(S.dtype)
+    return torch.addmm(S.to(wide), B.to(wide), A.to(wide)).to(dtype)
 
 
 @dataclass(frozen=True)

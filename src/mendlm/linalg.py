@@ -10,7 +10,8 @@ the leading eigenvectors of ``M G M.T``, for which M and the product M G, kept b
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,12 @@ SOLVERS: tuple[Solver, ...] = ("auto", "subspace", "exact")
 # the final TLR objective is up to 4 % above that of a full SVD at rank 128, with 16 plus the look-ahead of
 # refiners/tlr.py 1 % as a rule; more columns cost time and gain little.
 OVERSAMPLING = 16
+
+# With this share every eigenvalue of a damped Gram matrix is at least the mean of its diagonal, so that only a matrix
+# that is no Gram matrix can still fail to factor.
+DAMPING_LIMIT = 1.0
+
+T = TypeVar("T")
 
 
 class Triplets(NamedTuple):
@@ -69,6 +76,26 @@ def all_finite(x: Tensor) -> bool:
     # A sum is 50 times faster than isfinite().all() and NaN and infinity always show in it; only a sum that overflows
     # by itself needs the second look.
     return bool(torch.isfinite(x.sum(dtype=compute_dtype(x.dtype)))) or bool(torch.isfinite(x).all())
+
+
+def with_damping(attempt: Callable[[float], T | None], damping: float, smallest: float) -> tuple[T | None, float]:
+    """Try to factor a Gram matrix with more and more damping.
+
+    Parameters
+    ----------
+    attempt : a share of the mean of the diagonal -> the factor with that share added to the diagonal, None if there is
+        none.
+    damping : the first share; then tenfold, from at least `smallest`, up to `DAMPING_LIMIT`.
+
+    Returns
+    -------
+    The factor, or None if even the limit did not help, and the last share tried.
+    """
+    while True:
+        found = attempt(damping)
+        if found is not None or damping >= DAMPING_LIMIT:
+            return found, damping
+        damping = min(max(10 * damping, smallest), DAMPING_LIMIT)
 
 
 def truncate_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,14 +21,11 @@ from torch import Tensor
 
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats
-from mendlm.linalg import all_finite
+from mendlm.linalg import all_finite, with_damping
 
 MetricName = Literal["plain", "diagonal", "gram"]
 
-# Damping is raised tenfold while the factorization fails, from at least SMALLEST_DAMPING. With a share of 1 every
-# eigenvalue of a Gram matrix is at least the mean of its diagonal: what still fails is none.
-DAMPING_LIMIT = 1.0
-SMALLEST_DAMPING = 1e-8
+SMALLEST_DAMPING = 1e-8  # the first share tried after 0
 
 
 @dataclass(frozen=True)
@@ -132,8 +129,8 @@ def gram_metric(gram: Tensor, damping: float, dtype: torch.dtype) -> GramMetric:
     if not all_finite(G):
         raise NonFiniteError("the Gram matrix of the inputs holds NaN or infinity. Calibrate on other text.")
     mean = float(G.diagonal().mean())
-    share = damping
-    while True:
+
+    def attempt(share: float) -> GramMetric | None:
         damped = G.clone()
         damped.diagonal().add_(share * mean)
         scale = damped.diagonal().clamp_min(0).sqrt()
@@ -143,12 +140,15 @@ def gram_metric(gram: Tensor, damping: float, dtype: torch.dtype) -> GramMetric:
         smallest = float(factor.diagonal().min()) if not bool(info) and factor.numel() else 0.0
         if factor.numel() == 0 or smallest > torch.finfo(dtype).eps:
             return GramMetric(scale.to(dtype), correlation.to(dtype), factor.to(dtype), share)
-        if share >= DAMPING_LIMIT:
-            raise UsageError(
-                f"the Gram matrix of the inputs is not positive definite after damping: not even with {share:g} times "
-                "its mean diagonal added to the diagonal, so it is no Gram matrix. Gather it again."
-            )
-        share = min(max(10 * share, SMALLEST_DAMPING), DAMPING_LIMIT)
+        return None
+
+    metric, share = with_damping(attempt, damping, SMALLEST_DAMPING)
+    if metric is None:
+        raise UsageError(
+            f"the Gram matrix of the inputs is not positive definite after damping: not even with {share:g} times "
+            "its mean diagonal added to the diagonal, so it is no Gram matrix. Gather it again."
+        )
+    return metric
 
 
 def make_metric(

@@ -173,12 +173,12 @@ def compress(
     if prepared is not None:
         fingerprint["calibration"] = dict(prepared.facts)
     staging = open_staging(target, fingerprint, resume=resume, overwrite=overwrite)
+    work = (planned, checkpoint.shards, layouts, staging, where, on_event)
     run: Run
     if prepared is None:
-        run = SerialRun(planned, checkpoint.shards, layouts, staging, where, on_event)
+        run = SerialRun(*work)
     else:
-        run = BlockRun(planned, checkpoint.shards, layouts, staging, where, on_event)
-        run.calibrate(prepared.model, prepared.text)
+        run = BlockRun(*work, model=prepared.model, text=prepared.text)
     records = _carry_out(checkpoint, run, started)
     return CompressionResult(target, records, planned.totals, time.monotonic() - started, run.n_resumed)
 

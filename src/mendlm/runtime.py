@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from mendlm.decomposition import merge
 from mendlm.errors import CheckpointError, UsageError
-from mendlm.linalg import compute_dtype
 from mendlm.names import lookup
 from mendlm.packing import check_packed, unpack_mask
 
@@ -162,8 +162,7 @@ class SparseLowRankLinear(nn.Module):
 
     def _merge(self) -> None:
         S = self.weight if self.runtime == "factored" else self._unpacked()
-        dtype = compute_dtype(S.dtype)
-        merged = torch.addmm(S.to(dtype), self.lora_B.to(dtype), self.lora_A.to(dtype)).to(S.dtype)
+        merged = merge(S, self.lora_B, self.lora_A, S.dtype)
         if self.runtime == "packed":
             del self.weight_values
         del self.lora_A, self.lora_B, self.weight_bitmask

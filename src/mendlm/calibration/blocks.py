@@ -42,7 +42,7 @@ class BlockModel:
 
     Attributes
     ----------
-    n_blocks, hidden : how many blocks, and the width of what passes between them.
+    n_blocks : how many blocks.
 
     Raises
     ------

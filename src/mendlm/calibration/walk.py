@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,16 +50,12 @@ class Walk:
     def __init__(self, model: BlockModel, text: CalibrationText, tell: Callable[[int, str], None]) -> None:
         self.model = model
         self._tell = tell
-        self._states: Activations | None = None
+        embedded = (model.embed(ids) for ids in torch.split(text.ids, text.batch_size))
+        first = next(embedded)
         n_sequences, seqlen = text.ids.shape
-        for first, ids in enumerate(torch.split(text.ids, text.batch_size)):
-            hidden = model.embed(ids)
-            if self._states is None:
-                self._states = Activations(
-                    n_sequences, seqlen, hidden.shape[-1], hidden.dtype, text.batch_size, text.folder
-                )
-                targets = list(self._states.batches())
-            targets[first].copy_(hidden)
+        self._states = Activations(n_sequences, seqlen, first.shape[-1], first.dtype, text.batch_size, text.folder)
+        for batch, hidden in zip(self._states.batches(), chain([first], embedded), strict=True):
+            batch.copy_(hidden)
 
     def gather(
         self,
@@ -90,8 +87,6 @@ class Walk:
     def _pass(
         self, index: int, block: nn.Module, *, advance: bool, after_batch: Callable[[], None] = lambda: None
     ) -> None:
-        if self._states is None:
-            return
         with torch.no_grad():
             for batch in self._states.batches():
                 out = self.model.forward(index, block, batch.to(self.model.device))

@@ -12,14 +12,11 @@ from torch import Tensor
 from mendlm.criteria._base import AbstractCriterion, Needs, Selection, statistics
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats
-from mendlm.linalg import all_finite, compute_dtype
+from mendlm.linalg import all_finite, compute_dtype, with_damping
 from mendlm.masks import expand, keep_largest, pool
 from mendlm.patterns import Pattern, Scope
 
-# Damping is raised tenfold while the Cholesky factorization fails. With a share of 1 every eigenvalue is at least the
-# mean, so only a matrix that is no Gram matrix can still fail.
-DAMPING_LIMIT = 1.0
-SMALLEST_DAMPING = 1e-6
+SMALLEST_DAMPING = 1e-6  # the first share tried after 0
 # Columns that are eliminated one by one; above it halves are joined by a matrix product.
 LEAF = 16
 
@@ -128,20 +125,20 @@ class SparseGPT(AbstractCriterion):
         # Reversed in both directions, a lower Cholesky factor becomes an upper one, as does its inverse.
         reversed_gram = gram.flip(0, 1)
         mean = float(gram.diagonal().mean()) or 1.0
-        damping = self.damping
-        while True:
+
+        def attempt(damping: float) -> Tensor | None:
             H = reversed_gram.clone()
             H.diagonal().add_(damping * mean)
             lower, info = torch.linalg.cholesky_ex(H)
-            if not bool(info):
-                break
-            if damping >= DAMPING_LIMIT:
-                raise UsageError(
-                    f"the Gram matrix of the inputs is not positive definite with {damping:g} times its mean diagonal "
-                    "added to the diagonal, so it is no Gram matrix. Gather it again, in float64."
-                )
-            damping = min(max(10 * damping, SMALLEST_DAMPING), DAMPING_LIMIT)
-        identity = torch.eye(H.shape[0], dtype=H.dtype, device=device)
+            return None if bool(info) else lower
+
+        lower, damping = with_damping(attempt, self.damping, SMALLEST_DAMPING)
+        if lower is None:
+            raise UsageError(
+                f"the Gram matrix of the inputs is not positive definite with {damping:g} times its mean diagonal "
+                "added to the diagonal, so it is no Gram matrix. Gather it again, in float64."
+            )
+        identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=device)
         U = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
         return Factor(U.to(dtype), damping)
 

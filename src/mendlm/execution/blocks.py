@@ -20,12 +20,17 @@ from mendlm.execution.tensor import dense_weight
 class BlockRun(Run):
     """Walk the model once: gather, compress, propagate, block by block.
 
-    Call `calibrate` before `execute`. A run that is resumed sends the text again through the blocks that are done,
-    with the weights that are on the disk: the same bits as without the interruption.
+    A run that is resumed sends the text again through the blocks that are done, with the weights that are on the disk:
+    the same bits as without the interruption.
+
+    Parameters
+    ----------
+    run : the arguments of `Run`.
+    model, text : the blocks, and what runs through them.
     """
 
-    def calibrate(self, model: BlockModel, text: CalibrationText) -> None:
-        """Say with what to calibrate."""
+    def __init__(self, *run: Any, model: BlockModel, text: CalibrationText) -> None:
+        super().__init__(*run)
         self._model, self._text = model, text
 
     def execute(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mendlm.budgets import sparsity_of
 from mendlm.checkpoints.plan import PlannedTensor
+from mendlm.decomposition import merge
 from mendlm.inputs import InputStats, treat_dead_columns
 from mendlm.linalg import compute_dtype
 from mendlm.metrics import make_metric
@@ -94,10 +95,9 @@ def compress_tensor(
 
 
 def dense_weight(parts: list[Tensor], d_in: int, dtype: torch.dtype) -> Tensor:
-    """``S + B @ A`` (d_out, d_in) of stored parts, computed in at least float32 and rounded to `dtype`."""
+    """The weight (d_out, d_in) that the stored parts stand for, merged as the merged runtime does."""
     values, bitmask, A, B = parts
-    wide = compute_dtype(values.dtype)
-    return torch.addmm(unpack(values, bitmask, d_in).to(wide), B.to(wide), A.to(wide)).to(dtype)
+    return merge(unpack(values, bitmask, d_in), B, A, dtype)
 
 
 def tensor_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
