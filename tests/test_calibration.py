@@ -256,6 +256,15 @@ def test_what_a_calibrated_run_tells_and_records(tiny_llama: Path, text_file: Pa
         assert 0 < record.rel_output_error < record.rel_error  # what the text excites is kept better than the rest
 
 
+def test_the_damping_of_a_criterion_is_recorded_too(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """One window of 24 tokens for 64 inputs: without damping no factor exists."""
+    text = calibration(text_file, n_sequences=1)
+    recipe = Recipe(criterion="sparsegpt", refiner="none", damping=0.0, calibration=text)
+    result = compress(tiny_llama, tmp_path / "out", recipe)
+    assert {record.metric for record in result.records} == {"plain"}
+    assert all(record.damping is not None and 0 < record.damping <= 1 for record in result.records)
+
+
 def test_text_that_nobody_looks_at_is_named(
     tiny_llama: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

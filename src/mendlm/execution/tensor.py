@@ -86,7 +86,7 @@ def compress_tensor(
         dense_bytes=tensor.dense_bytes,
         stored_bytes=sum(part.nbytes for part in parts),
         metric=out.metric,
-        damping=out.damping,
+        damping=selection.damping if out.damping is None else out.damping,
         rel_output_error=out.rel_output_error,
         n_tokens=None if inputs is None else inputs.n_tokens,
         n_dead=None if inputs is None else int(inputs.dead.sum()),

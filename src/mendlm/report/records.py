@@ -36,7 +36,8 @@ class TensorRecord:
     energy_frac : share of the last residual that its leading triplets hold; None if no iteration was done.
     dense_bytes, stored_bytes : before and after, data alone.
     metric : that the refiner minimised in: "plain", "diagonal" or "gram".
-    damping : added to the diagonal of the Gram matrix, as a share of its mean; None without one.
+    damping : added to the diagonal of the Gram matrix, as a share of its mean: by the metric, or else by the criterion;
+        None if neither has one.
     rel_output_error : error of what is stored relative to W, in the metric: ``||X (W - S - B @ A)^T||_F / ||X W^T||_F``
         on the calibration text for "gram"; None for "plain".
     n_tokens : calibration tokens that reached this weight; None without calibration.
