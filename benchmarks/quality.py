@@ -76,6 +76,7 @@ def calibration_text() -> Path:
         source = ROOT.parent / "shared" / "data" / "wikitext-2-v1" / "valid.txt.gz"
         if not source.exists():
             sys.exit(f"the calibration text {source.name} is not at hand; figures of other texts do not compare")
+        target.parent.mkdir(exist_ok=True)
         target.write_text(gzip.open(source, "rt", encoding="utf-8").read().replace("<unk>", "the"), encoding="utf-8")
     return target
 
