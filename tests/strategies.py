@@ -26,9 +26,10 @@ def inputs_for(d_in: int, seed: int = 0, n_tokens: int | None = None) -> torch.T
 
 
 def stats_for(d_in: int, seed: int = 0, n_tokens: int | None = None) -> InputStats:
-    """Statistics, Gram matrix included, of `inputs_for` with the same arguments."""
+    """All statistics of `inputs_for` with the same arguments."""
     X = inputs_for(d_in, seed, n_tokens)
-    return InputStats(X.shape[0], X.square().mean(dim=0), X.T @ X / X.shape[0])
+    gram = X.T @ X / X.shape[0]
+    return InputStats(X.shape[0], X.square().mean(dim=0), gram, X.mean(dim=0), X.abs().mean(dim=0))
 
 
 @st.composite

@@ -73,6 +73,12 @@ def test_the_accumulator_is_the_mean_of_products(d_in: int, dtype: torch.dtype) 
     assert diagonal.gram is None
     for stats in (full, diagonal):
         np.testing.assert_allclose(stats.second_moment.numpy(), np.diag(expected), rtol=0, atol=bound)
+        assert stats.mean is not None
+        assert stats.mean_abs is not None
+        assert stats.mean.dtype == stats.mean_abs.dtype == torch.float64
+        bound_of_means = 60 * eps * np.abs(wide).max()
+        np.testing.assert_allclose(stats.mean.numpy(), wide.mean(axis=0), rtol=0, atol=bound_of_means)
+        np.testing.assert_allclose(stats.mean_abs.numpy(), np.abs(wide).mean(axis=0), rtol=0, atol=bound_of_means)
 
 
 @pytest.mark.parametrize("gram", [True, False])
@@ -329,13 +335,19 @@ def test_dead_columns(criterion: str, metric: str, dead_llama: Path, text_file: 
 
 def test_revived_statistics_treat_a_dead_input_as_the_weakest() -> None:
     X = torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, 4.0]], dtype=torch.float64)
-    stats = InputStats(2, (X**2).mean(0), X.T @ X / 2)
+    stats = InputStats(2, (X**2).mean(0), X.T @ X / 2, X.mean(0), X.abs().mean(0))
     assert stats.dead.tolist() == [False, True, False]
     revived = stats.revived()
     assert revived.second_moment.tolist() == [5.0, 5.0, 10.0]
     assert revived.gram is not None
     assert revived.gram.tolist() == [[5.0, 0.0, 7.0], [0.0, 5.0, 0.0], [7.0, 0.0, 10.0]]
+    assert revived.mean is not None
+    assert revived.mean_abs is not None
+    assert revived.mean.tolist() == [2.0, 0.0, 3.0]
+    assert revived.mean_abs.tolist() == [2.0, 2.0, 3.0]
     assert stats.revived() is revived  # computed once
+    unknown = InputStats(2, stats.second_moment, stats.gram).revived()
+    assert unknown.mean is unknown.mean_abs is None
     W = torch.ones(2, 3)
     assert treat_dead_columns(W, stats, "drop")[0].tolist() == [[1, 0, 1], [1, 0, 1]]
     assert treat_dead_columns(W, stats, "keep")[0] is W

@@ -334,7 +334,7 @@ def test_contract(refiner: AbstractRefiner, kind: str, dtype: torch.dtype, patte
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     metric = make_metric(kind, stats, damping=0.01, dtype=compute, device=CPU)
     mask = select_mask(W, "wanda", pattern, inputs=stats)
-    out = refine(W, mask, refiner, metric=metric, pattern=pattern)
+    out = refine(W, mask, refiner, metric=metric, pattern=pattern, inputs=stats)
     assert out.metric == kind
     kept = out.decomposition.mask
     assert int(kept.sum()) == int(mask.sum())

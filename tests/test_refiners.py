@@ -35,8 +35,9 @@ def planted(d_out: int, d_in: int, *, seed: int = 0, dtype: torch.dtype = torch.
 
 
 def every_refiner(rank: int) -> list[AbstractRefiner]:
-    """One instance of each registered refiner; `none` has rank 0 by definition."""
-    return [cls() if cls is PruneOnly else cls(rank=rank) for cls in REFINERS.values()]  # type: ignore[call-arg]
+    """One instance of each refiner that works without data; `none` has rank 0 by definition."""
+    without_data = [cls for cls in REFINERS.values() if "plain" in cls.metrics]
+    return [cls() if cls is PruneOnly else cls(rank=rank) for cls in without_data]  # type: ignore[call-arg]
 
 
 PATTERNS: list[Pattern] = [Unstructured(0.5), Unstructured(0.6, "row"), NM(2, 4), NM(1, 8)]

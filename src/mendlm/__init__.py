@@ -19,9 +19,12 @@ _LAZY = {
     "PCP": "mendlm.refiners",
     "PerplexityResult": "mendlm.evaluation.perplexity",
     "PruneOnly": "mendlm.refiners",
+    "EoRA": "mendlm.refiners",
+    "HassleFree": "mendlm.refiners",
     "InputStats": "mendlm.inputs",
     "Recipe": "mendlm.config",
     "Refinement": "mendlm.refiners",
+    "SLiMLoRA": "mendlm.refiners",
     "SparseLowRank": "mendlm.decomposition",
     "SparseLowRankLinear": "mendlm.runtime",
     "TLR": "mendlm.refiners",
@@ -54,8 +57,11 @@ if TYPE_CHECKING:
     from mendlm.refiners import PCP as PCP
     from mendlm.refiners import TLR as TLR
     from mendlm.refiners import AcceleratedTLR as AcceleratedTLR
+    from mendlm.refiners import EoRA as EoRA
+    from mendlm.refiners import HassleFree as HassleFree
     from mendlm.refiners import PruneOnly as PruneOnly
     from mendlm.refiners import Refinement as Refinement
+    from mendlm.refiners import SLiMLoRA as SLiMLoRA
     from mendlm.refiners import ZeroShotSVD as ZeroShotSVD
     from mendlm.refiners import refine as refine
     from mendlm.runtime import SparseLowRankLinear as SparseLowRankLinear

@@ -270,6 +270,8 @@ class Recipe(BaseModel):
                 raise UsageError(f"metric {self.metric!r} weighs the inputs, so it needs {data}.")
             if self.layer_sparsity is not None:
                 raise UsageError(f"layer_sparsity 'owl' weighs the inputs, so it needs {data}.")
+            if "plain" not in self._refiner_class().metrics:
+                raise UsageError(f"refiner {self._refiner_class().name!r} weighs the inputs, so it needs {data}.")
         if self.layer_sparsity is not None and not isinstance(self.pattern, Adjustable):
             raise UsageError(f"layer_sparsity 'owl' needs a pattern with a sparsity of its own, got {self.pattern}.")
         if self.metric not in ("auto", *self._refiner_class().metrics):

@@ -1,4 +1,4 @@
-"""What calibration tells about the inputs of one weight: second moments, and the Gram matrix where one is needed."""
+"""What calibration tells about the inputs of one weight: moments, and the Gram matrix where one is needed."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ class InputStats:
     n_tokens : rows of X; 0 for an expert that no token was routed to.
     second_moment : (d_in,) float64, the mean of ``x_j ** 2``.
     gram : (d_in, d_in) float64, ``X.T @ X / n_tokens``; None if nobody asked for it.
+    mean, mean_abs : (d_in,) float64, the means of ``x_j`` and of ``|x_j|``; None if unknown. Calibration gathers them
+        always.
     """
 
     n_tokens: int
     second_moment: Tensor
     gram: Tensor | None = None
+    mean: Tensor | None = None
+    mean_abs: Tensor | None = None
     _cache: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -56,7 +60,8 @@ class InputStats:
     def revived(self) -> InputStats:
         """These statistics with every dead input given the smallest second moment of a live one (1 if all are dead).
 
-        A dead input then counts as one that was not correlated with any other; matrices stay positive definite.
+        A dead input then counts as one that was not correlated with any other; matrices stay positive definite. Its
+        mean stays 0, its mean size becomes the smallest of a live one too.
         """
         dead = self.dead
         if not bool(dead.any()):
@@ -64,14 +69,20 @@ class InputStats:
         return self.cached("revived", lambda: self._revive(dead))
 
     def _revive(self, dead: Tensor) -> InputStats:
-        live = self.second_moment[~dead]
-        floor = live.min() if live.numel() else torch.ones((), dtype=self.second_moment.dtype, device=dead.device)
-        second_moment = torch.where(dead, floor, self.second_moment)
+        second_moment = _lifted(self.second_moment, dead)
         gram = self.gram
         if gram is not None:
             gram = gram.clone()
-            gram.diagonal()[dead] = floor
-        return InputStats(self.n_tokens, second_moment, gram)
+            gram.diagonal()[dead] = second_moment[dead]
+        mean_abs = None if self.mean_abs is None else _lifted(self.mean_abs, dead)
+        return InputStats(self.n_tokens, second_moment, gram, self.mean, mean_abs)
+
+
+def _lifted(values: Tensor, dead: Tensor) -> Tensor:
+    """`values` (d_in,) with the smallest live one in the place of the dead; 1 if all are dead."""
+    live = values[~dead]
+    floor = live.min() if live.numel() else torch.ones((), dtype=values.dtype, device=dead.device)
+    return torch.where(dead, floor, values)
 
 
 def treat_dead_columns(W: Tensor, inputs: InputStats, policy: DeadColumns) -> tuple[Tensor, InputStats]:

@@ -118,6 +118,22 @@ def truncate_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return U[:, :rank], sigma[:rank], Vh[:rank]
 
 
+def inverse_factor(H: Tensor) -> Tensor | None:
+    """U upper triangular with ``inv(H) = U.T @ U``, for a symmetric `H` (d, d); None if it is not positive definite.
+
+    Notes
+    -----
+    Reversed in both directions, a lower Cholesky factor becomes an upper one, as does its inverse: one factorization
+    and one triangular inverse, 2/3 d^3 multiply-adds.
+    """
+    lower, info = torch.linalg.cholesky_ex(H.flip(0, 1))
+    if bool(info):
+        return None
+    identity = torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
+    U: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    return U
+
+
 def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """The same product with the singular values split evenly, so that both factors fit a small storage dtype."""
     root = torch.linalg.vector_norm(right, dim=1).sqrt()

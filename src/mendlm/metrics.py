@@ -14,6 +14,7 @@ least-squares problems of `mendlm.refiners` (Jacobi).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats
-from mendlm.linalg import all_finite, with_damping
+from mendlm.linalg import all_finite, inverse_factor, with_damping
 
 MetricName = Literal["plain", "diagonal", "gram"]
 
@@ -59,7 +60,12 @@ class Metric:
 
     def norm(self, E: Tensor) -> float:
         """The norm of an error (…, d_in) in the original columns."""
-        return float(torch.linalg.vector_norm(self.whiten(self.scaled(E))))
+        return float(self.norm_of_scaled(self.scaled(E)))
+
+    def norm_of_scaled(self, E: Tensor) -> Tensor:
+        """The norm of an error (…, d_in) in scaled columns, 0-dim."""
+        norm: Tensor = torch.linalg.vector_norm(self.whiten(E))
+        return norm
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,29 @@ class GramMetric(Metric):
         if self.correlation is None or self.factor is None:
             raise UsageError("a Gram metric is made by mendlm.metrics.gram_metric.")
         return self.correlation, self.factor
+
+    @cached_property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (d_in,), non-decreasing, and eigenvectors (d_in, d_in) of `correlation`; float64 inside."""
+        correlation = self.parts()[0]
+        values, vectors = torch.linalg.eigh(correlation.to(torch.float64))
+        return values.to(correlation.dtype), vectors.to(correlation.dtype)
+
+    @cached_property
+    def inverse_factor(self) -> Tensor:
+        """(d_in, d_in) upper triangular U with ``inv(correlation) = U.T @ U``; float64 inside."""
+        correlation = self.parts()[0]
+
+        def attempt(share: float) -> Tensor | None:
+            H = correlation.to(torch.float64, copy=True)
+            H.diagonal().add_(share)
+            return inverse_factor(H)
+
+        # The correlation was rounded to the compute dtype, which may have cost it its smallest eigenvalue.
+        U, _ = with_damping(attempt, 0.0, torch.finfo(correlation.dtype).eps)
+        if U is None:
+            raise UsageError("the metric has no positive definite correlation. Make it by mendlm.metrics.gram_metric.")
+        return U.to(correlation.dtype)
 
     def whiten(self, E: Tensor) -> Tensor:
         """``E @ factor``."""

@@ -16,33 +16,42 @@ from mendlm.linalg import all_finite
 # Rows of a Gram matrix computed at a time. Only the part right of the diagonal is computed, in strips of this many
 # rows: 2 / 3 of the flops at d_in = 3 strips, half of them in the limit.
 _STRIP = 512
+# Rows whose entries and sizes are summed at a time: a part that stays in the cache. 8,192 rows of 1,536 inputs take
+# 8 ms instead of 27, where the Gram matrix takes 350 and the second moments alone 110.
+_ROWS = 256
 
 
 class InputAccumulator:
     """Sums over the rows of X, batch by batch; products in float32, sums over batches in float64.
 
+    Means and mean sizes are gathered always: they cost two passes over X.
+
     Parameters
     ----------
     d_in : columns of X.
-    gram : whether to gather the Gram matrix, or the second moments alone.
+    gram : whether to gather the Gram matrix, or its diagonal alone, the second moments.
     device : where X is.
 
     Notes
     -----
-    Memory: ``8 d_in ** 2`` bytes with the Gram matrix. Cost of `add`: about ``d_in ** 2`` multiply-adds a row with it,
-    ``d_in`` without.
+    Memory: ``8 d_in ** 2`` bytes with the Gram matrix, ``16 d_in`` for the means. Cost of `add`: about ``d_in ** 2``
+    multiply-adds a row with the Gram matrix, ``d_in`` without.
     """
 
     def __init__(self, d_in: int, *, gram: bool, device: torch.device) -> None:
         self.n_tokens = 0
         shape = (d_in, d_in) if gram else (d_in,)
         self._sum = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._first = torch.zeros((2, d_in), dtype=torch.float64, device=device)  # of x and of |x|
 
     def add(self, X: Tensor) -> None:
         """Take in the rows of `X` (…, d_in)."""
         X = X.reshape(-1, X.shape[-1])
         X = X if X.dtype == torch.float64 else X.float()
         self.n_tokens += X.shape[0]
+        for part in torch.split(X, _ROWS):
+            self._first[0] += part.sum(dim=0)
+            self._first[1] += part.abs().sum(dim=0)
         if self._sum.ndim == 1:
             self._sum += X.square().sum(dim=0, dtype=torch.float64)
             return
@@ -64,11 +73,12 @@ class InputAccumulator:
                 "(--calibration-dtype float32), or repair the checkpoint."
             )
         n = max(self.n_tokens, 1)
+        mean, mean_abs = self._first / n
         if self._sum.ndim == 1:
-            return InputStats(self.n_tokens, self._sum / n)
+            return InputStats(self.n_tokens, self._sum / n, None, mean, mean_abs)
         gram = self._sum.div_(n).triu_()
         gram += gram.triu(1).T
-        return InputStats(self.n_tokens, gram.diagonal().clone(), gram)
+        return InputStats(self.n_tokens, gram.diagonal().clone(), gram, mean, mean_abs)
 
 
 class InputGatherer:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mendlm.criteria._base import AbstractCriterion, Needs, Selection, statistics
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats
-from mendlm.linalg import all_finite, compute_dtype, with_damping
+from mendlm.linalg import all_finite, compute_dtype, inverse_factor, with_damping
 from mendlm.masks import expand, keep_largest, pool
 from mendlm.patterns import Pattern, Scope
 
@@ -78,8 +78,7 @@ class SparseGPT(AbstractCriterion):
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise UsageError(f"block_size must be at least 1, got {self.block_size}. The paper uses 128.")
+        check_block_size(self.block_size)
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise UsageError(f"damping must be a number >= 0, got {self.damping!r}. The paper's code uses 0.01.")
 
@@ -91,24 +90,9 @@ class SparseGPT(AbstractCriterion):
 
     def select(self, W: Tensor, pattern: Pattern, inputs: InputStats | None, generator: torch.Generator) -> Selection:
         """Mask and updated weights of `W` (d_out, d_in)."""
-        plan = _Plan.of(pattern, W.shape[0], W.shape[1], self.block_size)
         U, damping = self.factor(W, statistics(inputs))
-        # One column of W is one row here, so that what is read and written together lies together.
-        work = W.T.to(compute_dtype(W.dtype), copy=True, memory_format=torch.contiguous_format)
-        mask = torch.zeros(work.shape, dtype=torch.bool, device=W.device)
-        if W.numel():
-            errors = torch.empty_like(work[: plan.block])
-            for start in range(0, W.shape[1], plan.block):
-                stop = min(start + plan.block, W.shape[1])
-                here = slice(start, stop)
-                if not all_finite(_saliency(work[here], U[here, here])):
-                    raise _overflow("ranked weights by")
-                _prune_block(work[here], U[here, here], mask[here], errors[: stop - start], plan, start)
-                work[stop:].addmm_(U[here, stop:].T, errors[: stop - start], alpha=-1)
-        S = torch.where(mask, work, 0).T.contiguous()
-        if not all_finite(S):
-            raise _overflow("updated weights to")
-        return Selection(mask.T.contiguous(), S, damping)
+        mask, S = optimal_brain_surgery(W, U, pattern, self.block_size)
+        return Selection(mask, S, damping)
 
     def factor(self, W: Tensor, inputs: InputStats) -> Factor:
         """U in the dtype to compute in, on the device of `W`; computed once for `inputs`."""
@@ -120,27 +104,65 @@ class SparseGPT(AbstractCriterion):
         if inputs.gram is None:
             raise UsageError("criterion 'sparsegpt' needs the Gram matrix of the inputs.")
         gram = inputs.gram.to(device, torch.float64)
+        mean = float(gram.diagonal().mean()) or 1.0
         if not all_finite(gram):
             raise NonFiniteError("the Gram matrix of the inputs holds NaN or infinity. Calibrate on other text.")
-        # Reversed in both directions, a lower Cholesky factor becomes an upper one, as does its inverse.
-        reversed_gram = gram.flip(0, 1)
-        mean = float(gram.diagonal().mean()) or 1.0
 
         def attempt(damping: float) -> Tensor | None:
-            H = reversed_gram.clone()
+            H = gram.clone()
             H.diagonal().add_(damping * mean)
-            lower, info = torch.linalg.cholesky_ex(H)
-            return None if bool(info) else lower
+            return inverse_factor(H)
 
-        lower, damping = with_damping(attempt, self.damping, SMALLEST_DAMPING)
-        if lower is None:
+        U, damping = with_damping(attempt, self.damping, SMALLEST_DAMPING)
+        if U is None:
             raise UsageError(
                 f"the Gram matrix of the inputs is not positive definite with {damping:g} times its mean diagonal "
                 "added to the diagonal, so it is no Gram matrix. Gather it again, in float64."
             )
-        identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=device)
-        U = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
         return Factor(U.to(dtype), damping)
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise `UsageError` unless it is at least 1."""
+    if block_size < 1:
+        raise UsageError(f"block_size must be at least 1, got {block_size}. The paper uses 128.")
+
+
+def optimal_brain_surgery(W: Tensor, U: Tensor, pattern: Pattern, block_size: int) -> tuple[Tensor, Tensor]:
+    """The mask and the updated weights of `SparseGPT`, given its factor.
+
+    Parameters
+    ----------
+    W : (d_out, d_in). Not modified.
+    U : (d_in, d_in) upper triangular in the dtype to compute in, ``inv(H) = U.T @ U``. Scaling the columns of W and H
+        alike changes no mask and scales S.
+    pattern, block_size : as in `SparseGPT`.
+
+    Returns
+    -------
+    mask, S : (d_out, d_in) bool; (d_out, d_in), zero off the mask, dtype of `U`.
+
+    Raises
+    ------
+    NonFiniteError : the result holds NaN or infinity.
+    """
+    plan = _Plan.of(pattern, W.shape[0], W.shape[1], block_size)
+    # One column of W is one row here, so that what is read and written together lies together.
+    work = W.T.to(U.dtype, copy=True, memory_format=torch.contiguous_format)
+    mask = torch.zeros(work.shape, dtype=torch.bool, device=W.device)
+    if W.numel():
+        errors = torch.empty_like(work[: plan.block])
+        for start in range(0, W.shape[1], plan.block):
+            stop = min(start + plan.block, W.shape[1])
+            here = slice(start, stop)
+            if not all_finite(_saliency(work[here], U[here, here])):
+                raise _overflow("ranked weights by")
+            _prune_block(work[here], U[here, here], mask[here], errors[: stop - start], plan, start)
+            work[stop:].addmm_(U[here, stop:].T, errors[: stop - start], alpha=-1)
+    S = torch.where(mask, work, 0).T.contiguous()
+    if not all_finite(S):
+        raise _overflow("updated weights to")
+    return mask.T.contiguous(), S
 
 
 class _Plan(NamedTuple):
@@ -212,7 +234,7 @@ def _eliminate(work: Tensor, U: Tensor, pruned: Tensor, errors: Tensor) -> None:
 
 
 def _overflow(what: str) -> NonFiniteError:
-    return NonFiniteError(f"criterion 'sparsegpt' {what} NaN or infinity. Raise its damping, or check the weights.")
+    return NonFiniteError(f"SparseGPT {what} NaN or infinity. Raise the damping, or check the weights.")
 
 
 def _saliency(work: Tensor, U: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ def compress_tensor(
             metric=metric,
             start=selection.S,
             pattern=pattern,
+            inputs=stats,
             storage_dtype=getattr(torch, tensor.storage_dtype),
             generator=generator,
         )

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mendlm.metrics import Metric, MetricName
+from mendlm.errors import UsageError
+from mendlm.inputs import InputStats
+from mendlm.metrics import GramMetric, Metric, MetricName
 from mendlm.patterns import Pattern
 
 PLAIN = Metric()
@@ -27,6 +29,8 @@ class Problem:
     metric : what errors are measured in; its columns are scaled already.
     start : (d_out, d_in), zero off the mask, scaled as `W`: S as the criterion left it; None for ``mask * W``.
     pattern : where zeros may be, for refiners that move the mask; None if the caller did not say.
+    inputs : what calibration says about the inputs, for refiners that look at more of it than the metric; None if the
+        caller did not say.
     """
 
     W: Tensor
@@ -35,6 +39,12 @@ class Problem:
     metric: Metric = PLAIN
     start: Tensor | None = None
     pattern: Pattern | None = None
+    inputs: InputStats | None = None
+
+    @property
+    def lost(self) -> Tensor:
+        """``W - S`` with S as the criterion left it, (d_out, d_in), in scaled columns."""
+        return self.W * ~self.mask if self.start is None else self.W - self.start
 
 
 @dataclass(frozen=True)
@@ -108,3 +118,17 @@ class AbstractRefiner(ABC):
     def final_mask(self, problem: Problem, state: Any) -> Tensor:
         """The mask of the final S, bool; another one than `problem.mask` only for a refiner that moves it."""
         return problem.mask
+
+
+def gram_of(problem: Problem, refiner: str) -> GramMetric:
+    """The metric of `problem`, for a refiner that has the Gram metric alone."""
+    if not isinstance(problem.metric, GramMetric):
+        raise UsageError(f"refiner {refiner!r} has no metric {problem.metric.name!r}. It has: gram.")
+    return problem.metric
+
+
+def pattern_of(problem: Problem, refiner: str) -> Pattern:
+    """The pattern of `problem`, for a refiner that moves the mask."""
+    if problem.pattern is None:
+        raise UsageError(f"refiner {refiner!r} moves the mask, so it needs the pattern: refine(…, pattern=NM(2, 4)).")
+    return problem.pattern

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mendlm.decomposition import SparseLowRank
 from mendlm.errors import NonFiniteError, UsageError
+from mendlm.inputs import InputStats
 from mendlm.linalg import all_finite, compute_dtype
 from mendlm.metrics import GramMetric, Metric, MetricName, diagonal_metric, gram_metric
 from mendlm.patterns import Pattern
@@ -74,6 +75,7 @@ def refine(
     metric: Metric | None = None,
     start: Tensor | None = None,
     pattern: Pattern | None = None,
+    inputs: InputStats | None = None,
     dtype: torch.dtype | None = None,
     storage_dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
@@ -90,6 +92,8 @@ def refine(
     metric : any metric, e.g. of `mendlm.metrics.make_metric`. At most one of these three; plain if none is given.
     start : (d_out, d_in), zero off the mask: S as a criterion that updates weights left it; default ``mask * W``.
     pattern : where zeros may be; for refiners that move the mask.
+    inputs : statistics without dead inputs (`InputStats.revived`), for refiners that look at more of them than the
+        metric does; they do not choose the metric.
     dtype : compute dtype; float32 for bf16, fp16 and float32 input, float64 for float64 input.
     storage_dtype : dtype of S, B and A; that of `W` if not given.
     generator : source of randomness on the device of `W`; seed 0 if not given. Same seed, same result.
@@ -121,9 +125,10 @@ def refine(
     measure = _metric(W, refiner, input_scale, gram, metric, compute)
     dense = W.to(compute)
     first = None if start is None else _checked_start(start, W, mask).to(compute)
-    problem = Problem(
-        measure.scaled(dense), mask, generator, measure, None if first is None else measure.scaled(first), pattern
-    )
+    if inputs is not None and inputs.d_in != W.shape[1]:
+        raise UsageError(f"the statistics are of {inputs.d_in} inputs, W of shape {tuple(W.shape)} has {W.shape[1]}.")
+    scaled_first = None if first is None else measure.scaled(first)
+    problem = Problem(measure.scaled(dense), mask, generator, measure, scaled_first, pattern, inputs)
 
     state = refiner.init(problem)
     trace: list[Progress] = []

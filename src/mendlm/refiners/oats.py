@@ -8,12 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mendlm.errors import UsageError
 from mendlm.linalg import LeadingTriplets, Solver, Triplets, balance, make_solver
 from mendlm.masks import mask_from_scores
 from mendlm.metrics import MetricName
 from mendlm.patterns import Pattern
-from mendlm.refiners._base import AbstractRefiner, Problem, Progress
+from mendlm.refiners._base import AbstractRefiner, Problem, Progress, pattern_of
 from mendlm.refiners.tlr import check_iterations
 
 
@@ -76,11 +75,9 @@ class OATS(AbstractRefiner):
 
     def init(self, problem: Problem) -> _State:
         """S = 0."""
-        if problem.pattern is None:
-            raise UsageError("refiner 'oats' moves the mask, so it needs the pattern: refine(…, pattern=NM(2, 4)).")
-        W = problem.W
+        pattern, W = pattern_of(problem, self.name), problem.W
         solver = make_solver(self.solver, W.shape, self.rank, like=W, generator=problem.generator)
-        return _State(solver, problem.pattern, torch.zeros_like(W), problem.mask)
+        return _State(solver, pattern, torch.zeros_like(W), problem.mask)
 
     def step(self, problem: Problem, state: _State, t: int) -> tuple[_State, Progress]:
         """One iteration."""

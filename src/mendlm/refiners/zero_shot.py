@@ -18,7 +18,7 @@ class ZeroShotSVD(AbstractRefiner):
     """``L`` = best rank-k approximation, in the metric, of what pruning took away, ``W - S``.
 
     S is ``mask * W``, or what a criterion that updates weights (SparseGPT) made of it. In the Gram metric with
-    ``refit=False`` this is the closed-form compensation that EoRA proposes.
+    ``refit=False`` this is what `EoRA` computes, without an eigendecomposition.
 
     Parameters
     ----------
@@ -58,8 +58,8 @@ class ZeroShotSVD(AbstractRefiner):
 
     def step(self, problem: Problem, state: tuple[Tensor, Tensor], t: int) -> tuple[tuple[Tensor, Tensor], Progress]:
         """The whole method."""
-        W, metric = problem.W, problem.metric
-        lost = W * ~problem.mask if problem.start is None else W - problem.start
+        metric = problem.metric
+        lost = problem.lost
         if isinstance(metric, GramMetric):
             G, root = metric.parts()
             found = FullSVD(root).leading(lost, self.rank, lost @ G)
