@@ -39,3 +39,24 @@ def mask_by_sorting(scores: Array, n_keep: int) -> Mask:
     mask = np.zeros(scores.size, dtype=bool)
     mask[order[:n_keep]] = True
     return mask.reshape(scores.shape)
+
+
+def joint_admm(
+    W: Array, H: Array, group: int, n_keep: int, rank: int, penalties: list[float]
+) -> tuple[Mask, Array, Array]:
+    """Three-block ADMM for ||(W - S - L) C||, H = C C^T, S = D: mask, D and L after one iteration per penalty.
+
+    The multiplier is V, the penalty's share not taken out of it; every step is written out with a dense solve.
+    """
+    values, vectors = np.linalg.eigh(H)
+    root = (vectors * np.sqrt(values)) @ vectors.T
+    D, L, V = W.copy(), np.zeros_like(W), np.zeros_like(W)
+    for rho in penalties:
+        S = np.linalg.solve(H + rho * np.eye(H.shape[0]), ((W - L) @ H - V + rho * D).T).T
+        L = truncate((W - S) @ root, rank) @ np.linalg.inv(root)
+        target = S + V / rho
+        scores = np.square(target).reshape(-1, group)
+        mask = np.stack([mask_by_sorting(row, n_keep) for row in scores]).reshape(W.shape)
+        D = target * mask
+        V = V + rho * (S - D)
+    return mask, D, L

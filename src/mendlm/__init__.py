@@ -21,6 +21,7 @@ _LAZY = {
     "PruneOnly": "mendlm.refiners",
     "EoRA": "mendlm.refiners",
     "HassleFree": "mendlm.refiners",
+    "JointADMM": "mendlm.refiners",
     "InputStats": "mendlm.inputs",
     "Recipe": "mendlm.config",
     "Refinement": "mendlm.refiners",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from mendlm.refiners import AcceleratedTLR as AcceleratedTLR
     from mendlm.refiners import EoRA as EoRA
     from mendlm.refiners import HassleFree as HassleFree
+    from mendlm.refiners import JointADMM as JointADMM
     from mendlm.refiners import PruneOnly as PruneOnly
     from mendlm.refiners import Refinement as Refinement
     from mendlm.refiners import SLiMLoRA as SLiMLoRA

@@ -12,6 +12,7 @@ from mendlm.refiners._loop import refine as refine
 from mendlm.refiners.accelerated import AcceleratedTLR as AcceleratedTLR
 from mendlm.refiners.eora import EoRA as EoRA
 from mendlm.refiners.hassle_free import HassleFree as HassleFree
+from mendlm.refiners.joint import JointADMM as JointADMM
 from mendlm.refiners.oats import OATS as OATS
 from mendlm.refiners.pcp import PCP as PCP
 from mendlm.refiners.slim_lora import SLiMLoRA as SLiMLoRA
@@ -20,5 +21,6 @@ from mendlm.refiners.zero_shot import PruneOnly as PruneOnly
 from mendlm.refiners.zero_shot import ZeroShotSVD as ZeroShotSVD
 
 REFINERS: dict[str, type[AbstractRefiner]] = {
-    cls.name: cls for cls in (TLR, AcceleratedTLR, ZeroShotSVD, PCP, OATS, HassleFree, EoRA, SLiMLoRA, PruneOnly)
+    cls.name: cls
+    for cls in (TLR, AcceleratedTLR, JointADMM, ZeroShotSVD, PCP, OATS, HassleFree, EoRA, SLiMLoRA, PruneOnly)
 }
