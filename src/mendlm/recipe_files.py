@@ -15,10 +15,13 @@ import yaml
 
 from mendlm.config import Recipe
 from mendlm.errors import UsageError
+from mendlm.names import lookup
 from mendlm.recipe_errors import FieldPath, RecipeError, field_name
 
 R = TypeVar("R", bound=Recipe)
 Lines = dict[FieldPath, int]
+
+PRESETS = ("fast", "balanced", "best")  # built-in recipes that the command line offers by themselves
 
 _FOLDER = Path(__file__).parent / "recipes"
 _TAG = "tag:yaml.org,2002:"
@@ -41,6 +44,16 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     near = get_close_matches(name.removesuffix(Path(name).suffix) if name.endswith(_SUFFIXES) else name, table, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UsageError(f"no recipe {name!r}: neither a file nor built in.{hint} Built in: {', '.join(table)}.")
+
+
+def preset(name: str) -> str:
+    """The built-in recipe that is the preset `name`.
+
+    Raises
+    ------
+    UsageError : no preset has that name.
+    """
+    return lookup(dict(zip(PRESETS, PRESETS, strict=True)), name, "preset")
 
 
 def builtin_recipes() -> dict[str, Path]:

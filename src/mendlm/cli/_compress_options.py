@@ -18,6 +18,14 @@ RecipeOption = Annotated[
         help="A built-in recipe ('mendlm recipes' lists them), or one in YAML or JSON; the other flags override it.",
     ),
 ]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="Settings in place of a recipe: fast (no data), balanced (text, minutes) or best (text, longer).",
+    ),
+]
 CriterionOption = Annotated[
     str | None,
     typer.Option(
@@ -95,7 +103,8 @@ RefinerOption = Annotated[
     typer.Option(
         "--refiner",
         metavar="NAME",
-        help="tlr, accelerated-tlr, zero-shot-svd, pcp, oats, or none: prune only. Default: tlr.",
+        help="tlr, accelerated-tlr, joint-admm, zero-shot-svd, pcp, oats, hassle-free, eora, slim-lora, or none: prune "
+        "only. Default: tlr.",
         rich_help_panel=_HOW,
     ),
 ]

@@ -36,6 +36,10 @@ EXAMPLES = """[bold]Examples[/bold]
 
 [green]mendlm compress SmolLM2-135M out --sparsity 0.5 --rank 5%[/green]
 
+[dim]The lowest perplexity, on your text, for 2:4:[/dim]
+
+[green]mendlm compress SmolLM2-135M out --preset best --pattern 2:4 --rank 16 --calibration my.jsonl[/green]
+
 [dim]2:4, rank 128, the paper's algorithm with a full SVD in every step:[/dim]
 
 [green]mendlm compress Llama-2-7b out --pattern 2:4 --rank 128 --solver exact[/green]
@@ -53,6 +57,7 @@ def compress(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A dense checkpoint folder.", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    preset: options.PresetOption = None,
     recipe: options.RecipeOption = None,
     criterion: options.CriterionOption = None,
     sparsity: options.SparsityOption = None,
@@ -118,7 +123,7 @@ def compress(
     }
     with json_only(as_json) as stream:
         flags["skip_layers"] = parse_layers(skip_layers)
-        chosen = resolve_recipe(recipe, flags, Zeros(sparsity, pattern, scope, tile), text)
+        chosen = resolve_recipe(one_source(recipe, preset), flags, Zeros(sparsity, pattern, scope, tile), text)
         if dry_run:
             from mendlm.pipeline import plan
 
@@ -190,6 +195,22 @@ def parse_layers(layers: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in layers.split(",") if part.strip())
     except ValueError:
         raise UsageError(f"--skip-layers must be whole numbers such as 0,1,-1, got {layers!r}.") from None
+
+
+def one_source(recipe: str | None, preset: str | None) -> str | None:
+    """Where the settings start: a recipe or a preset.
+
+    Raises
+    ------
+    UsageError : both were given, or no preset has that name.
+    """
+    from mendlm.recipe_files import preset as preset_named
+
+    if preset is None:
+        return recipe
+    if recipe is not None:
+        raise UsageError(f"--preset {preset} does not go with --recipe {recipe}. Leave one of them out.")
+    return preset_named(preset)
 
 
 def resolve_recipe(

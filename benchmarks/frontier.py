@@ -1,0 +1,202 @@
+"""Perplexity of SmolLM2-135M against stored bytes, by method; the published one-shot methods and ours, in one protocol.
+
+    python benchmarks/frontier.py [--methods …] [--patterns …] [--ranks …] [--minutes 55] [--jobs 2] [--list]
+
+Resumable: a cell that is done is kept in work/frontier.jsonl and results/frontier-cpu.json; docs/quality.md and
+docs/images/frontier.svg are drawn from what there is. The most telling cells come first: rank 16 at 2:4 and 50 %.
+
+Protocol: perplexity in float32 on the WikiText-2 raw test split joined with blank lines, its first 8 windows of 2048
+tokens, no BOS. Calibration of every method, ours too: the first 32 windows of 1024 tokens of the tokenised WikiText-2
+validation split, `<unk>` read as "the", run in bfloat16; "self": as many tokens that the model wrote itself; block by
+block on what the compressed blocks before give. All linear layers of the blocks, not the embedding. Storage float32.
+Under a sparsity weights compete as in the criterion's paper (Wanda and DSnoT by row, others in the tensor; OATS by
+row). Seconds are of `mendlm compress` on one thread of a busy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from _cells import Cells, Key, calibration_text, replace_block, table
+from _common import ROOT
+
+PAGE = ROOT / "docs" / "quality.md"
+PICTURE = ROOT / "docs" / "images" / "frontier.svg"
+PATTERNS = {
+    "2:4": ["--pattern", "2:4"],
+    "4:8": ["--pattern", "4:8"],
+    "50 %": ["--sparsity", "0.5"],
+    "60 %": ["--sparsity", "0.6"],
+    "70 %": ["--sparsity", "0.7"],
+}
+RANKS = ("0", "8", "16", "32")
+PRUNED = ["--refiner", "none"]
+ZERO_SHOT = ["--recipe", str(ROOT / "benchmarks" / "recipes" / "zero-shot-published.yaml")]
+
+# method -> flags; with a rank they are given --rank too, unless the method has none
+PUBLISHED: dict[str, list[str]] = {
+    "magnitude": ["--criterion", "magnitude", *PRUNED],
+    "Wanda": ["--criterion", "wanda", *PRUNED],
+    "DSnoT": ["--criterion", "dsnot", *PRUNED],
+    "SparseGPT": ["--criterion", "sparsegpt", *PRUNED],
+    "magnitude + TLR": ["--criterion", "magnitude", "--refiner", "tlr", "--metric", "plain"],
+    "Wanda + zero-shot SVD": ["--criterion", "wanda", *ZERO_SHOT],
+    "Wanda + TLR": ["--criterion", "wanda", "--refiner", "tlr", "--metric", "plain"],
+    "DSnoT + TLR": ["--criterion", "dsnot", "--refiner", "tlr", "--metric", "plain"],
+    "Wanda + SLiM-LoRA": ["--criterion", "wanda", "--refiner", "slim-lora"],
+    "SparseGPT + zero-shot SVD": ["--criterion", "sparsegpt", *ZERO_SHOT],
+    "SparseGPT + EoRA": ["--criterion", "sparsegpt", "--refiner", "eora"],
+    "OATS": ["--criterion", "wanda", "--refiner", "oats"],
+    "HASSLE-free": ["--criterion", "magnitude", "--refiner", "hassle-free"],
+}
+OURS: dict[str, list[str]] = {
+    "fast": ["--preset", "fast"],
+    "balanced": ["--preset", "balanced"],
+    "JointADMM": ["--criterion", "magnitude", "--refiner", "joint-admm"],
+    "best": ["--preset", "best"],
+}
+# What each step towards the best adds where there is no data.
+SELF = ["--calibration", "self"]
+NO_DATA: dict[str, list[str]] = {
+    "no data: magnitude + TLR, mask moves": ["--criterion", "magnitude", "--refiner", "oats", "--metric", "plain"],
+    "self: Wanda + TLR": [*SELF, "--criterion", "wanda", "--refiner", "tlr", "--metric", "plain"],
+    "self: Wanda + accelerated, gram": [*SELF, "--criterion", "wanda", "--refiner", "accelerated-tlr"],
+    "self: JointADMM": [*SELF, "--criterion", "magnitude", "--refiner", "joint-admm"],
+    "self: best": [*SELF, "--preset", "best"],
+}
+METHODS = PUBLISHED | OURS | NO_DATA
+WITHOUT_RANK = ("magnitude", "Wanda", "DSnoT", "SparseGPT")
+ALSO_RANK_0 = ("HASSLE-free", "JointADMM")
+WITHOUT_DATA = ("magnitude", "magnitude + TLR", "fast", "no data: magnitude + TLR, mask moves")
+
+
+def flags_of(key: Key) -> list[str] | None:
+    """The flags of a cell."""
+    method, pattern, rank = key
+    if method == "dense":
+        return None
+    flags = [*METHODS[method], *PATTERNS[pattern]]
+    if method not in WITHOUT_DATA:
+        if "--calibration" not in flags:
+            flags += ["--calibration", str(calibration_text()), "--windows", "leading"]
+        flags += ["--n-sequences", "32", "--seqlen", "1024", "--calibration-dtype", "bfloat16"]
+    if method == "OATS" and pattern.endswith("%"):
+        flags += ["--scope", "row"]
+    return flags if method in WITHOUT_RANK else [*flags, "--rank", rank]
+
+
+def cells() -> list[Key]:
+    """(method, pattern, rank) of every cell, the most telling first."""
+
+    def fits(method: str, rank: str) -> bool:
+        return (rank == "0") == (method in WITHOUT_RANK) or (rank == "0" and method in ALSO_RANK_0)
+
+    order = [("2:4", "16"), ("50 %", "16"), ("2:4", "0"), ("50 %", "0"), ("60 %", "16"), ("2:4", "32"), ("2:4", "8")]
+    order += [(p, r) for p in PATTERNS for r in RANKS if (p, r) not in order]
+    first = ["HASSLE-free", "JointADMM", "SparseGPT + EoRA", "best", "balanced", "OATS", "fast"]
+    methods = [*first, *(m for m in METHODS if m not in first)]
+    keys = [(m, p, r) for p, r in order for m in methods if fits(m, r)]
+    return [("dense", "", ""), *(key for key in keys if key[0] not in NO_DATA or key[1:] in order[:2])]
+
+
+def markdown(store: Cells) -> str:
+    """A section per pattern: methods down, ranks across, the lowest perplexity of a column in bold."""
+    dense = store.done[("dense", "", "")]["ppl"]
+    parts = [f"Dense: {dense:.2f}."]
+    for pattern in PATTERNS:
+        found = {(m, r): row for (m, p, r), row in store.done.items() if p == pattern}
+        ranks = [r for r in RANKS if any(key[1] == r for key in found)]
+        if not ranks:
+            continue
+        ratios = {r: next(row["ratio"] for key, row in found.items() if key[1] == r) for r in ranks}
+        least = {r: min(row["ppl"] for key, row in found.items() if key[1] == r) for r in ranks}
+        lines = [[pattern, *(f"rank {r} ({ratios[r]:.3f})" for r in ranks), "× dense", "seconds", "peak MB"]]
+        for method in [m for m in METHODS if any(key[0] == m for key in found)]:
+            rows = {r: found[method, r] for r in ranks if (method, r) in found}
+            last = rows.get("16") or next(iter(rows.values()))
+            shown = [_cell(rows[r]["ppl"], least[r]) if r in rows else "" for r in ranks]
+            facts = [f"{last['ppl'] / dense:.2f}", f"{last['seconds']:.0f}", f"{last['peak_mb']}"]
+            lines.append([method, *shown, *facts])
+        parts.append(table(lines))
+    return "\n\n".join(parts)
+
+
+def _cell(ppl: float, least: float) -> str:
+    return f"**{ppl:.2f}**" if ppl == least else f"{ppl:.2f}"
+
+
+def excess(store: Cells) -> str:
+    """How far the best stands below the best published method, in log-perplexity above dense."""
+    dense = store.done[("dense", "", "")]["ppl"]
+    lines = []
+    for pattern in ("2:4", "50 %"):
+        found = {m: row["ppl"] for (m, p, r), row in store.done.items() if (p, r) == (pattern, "16")}
+        rivals = {m: ppl for m, ppl in found.items() if m in PUBLISHED}
+        if not rivals:
+            continue
+        rival = min(rivals, key=lambda m: rivals[m])
+        base = math.log(rivals[rival] / dense)
+        for ours in [m for m in OURS if m in found]:
+            share = 1 - math.log(found[ours] / dense) / base
+            lines.append(
+                f"- {pattern}, rank 16: `{ours}` {found[ours]:.2f} against {rivals[rival]:.2f} of {rival}: "
+                f"{100 * share:.0f} % less log-perplexity above dense."
+            )
+    return "\n".join(lines)
+
+
+def draw(store: Cells) -> None:
+    """Perplexity against bytes, a line for each method."""
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    mpl.rcParams.update({"font.size": 9, "svg.hashsalt": "mendlm", "axes.spines.top": False})
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
+    panels = [("2:4", ("2:4",)), ("unstructured", ("50 %", "60 %", "70 %"))]
+    colours = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    for axis, (title, chosen) in zip(axes, panels, strict=True):
+        for index, method in enumerate(m for m in METHODS if m not in NO_DATA):
+            points = sorted(
+                (row["ratio"], row["ppl"]) for (m, p, _), row in store.done.items() if m == method and p in chosen
+            )
+            if points:
+                ours = method in OURS
+                style = {"color": colours[index], "linewidth": 2.2 if ours else 1.0, "linestyle": "-" if ours else "--"}
+                axis.plot(*zip(*points, strict=True), marker="o" if ours else "x", label=method, **style)
+        axis.set_yscale("log")
+        axis.set_xlabel("stored bytes / dense bytes")
+        axis.set_title(title)
+        axis.axhline(store.done[("dense", "", "")]["ppl"], color="#6f6f6f", linewidth=0.8)
+    axes[0].set_ylabel("perplexity")
+    axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.tight_layout()
+    figure.savefig(PICTURE, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=list(PATTERNS))
+    parser.add_argument("--ranks", nargs="+", choices=list(RANKS), default=list(RANKS))
+    parser.add_argument("--minutes", type=float, default=55.0, help="start no new cell after this")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, each on one thread if more than one")
+    parser.add_argument("--list", action="store_true", help="show what is done and what is not, and stop")
+    options = parser.parse_args()
+    chosen = (options.methods, options.patterns, options.ranks)
+    wanted = [c for c in cells() if c[0] == "dense" or all(part in some for part, some in zip(c, chosen, strict=True))]
+    store = Cells("frontier", ("method", "pattern", "rank"), flags_of)
+    if options.list:
+        missing = [key for key in wanted if key not in store.done]
+        print(f"{len(store.done)} cells done, {len(missing)} missing: {missing}")
+        return
+    store.go_on(wanted, options.minutes, options.jobs)
+    store.write((__doc__ or "").split("Protocol: ")[1])
+    text = "\n\n".join(part for part in (markdown(store), excess(store)) if part)
+    replace_block(PAGE, "frontier", text)
+    print(f"\n{text}")
+    draw(store)
+
+
+if __name__ == "__main__":
+    main()
