@@ -23,7 +23,8 @@ CriterionOption = Annotated[
     typer.Option(
         "--criterion",
         metavar="NAME",
-        help="Which weights count most: magnitude, random; with calibration wanda, ria, sparsegpt. Default: magnitude.",
+        help="Which weights count most: magnitude, random; with calibration wanda, ria, dsnot, sparsegpt. "
+        "Default: magnitude.",
         rich_help_panel=_WHAT,
     ),
 ]
@@ -95,7 +96,8 @@ RefinerOption = Annotated[
     typer.Option(
         "--refiner",
         metavar="NAME",
-        help="tlr, accelerated-tlr, zero-shot-svd, pcp, oats, or none: prune only. Default: tlr.",
+        help="tlr, accelerated-tlr, zero-shot-svd, pcp, oats; with calibration hassle-free, eora, slim-lora; or none: "
+        "prune only. Default: tlr.",
         rich_help_panel=_HOW,
     ),
 ]
