@@ -60,3 +60,81 @@ def joint_admm(
         D = target * mask
         V = V + rho * (S - D)
     return mask, D, L
+
+
+def damped(gram: Array, damping: float) -> Array:
+    """The Gram matrix with a share of the mean of its diagonal added to the diagonal."""
+    return gram + damping * np.diag(gram).mean() * np.eye(len(gram))
+
+
+def gram_norm(E: Array, gram: Array) -> float:
+    """The root of trace(E G E^T)."""
+    return float(np.sqrt(np.einsum("ij,jk,ik->", E, gram, E)))
+
+
+def eora(E: Array, gram: Array, rank: int) -> Array:
+    """EoRA, arXiv:2410.21271, Algorithm 1: truncate in the eigenspace of the inputs, project back."""
+    values, Q = np.linalg.eigh(gram)
+    project = Q @ np.diag(np.sqrt(values))
+    return truncate(E @ project, rank) @ np.linalg.inv(project)
+
+
+def slim_lora(E: Array, mean_abs: Array, rank: int) -> Array:
+    """SLiM-LoRA, arXiv:2410.09615: F(M) = M diag(x), x shifted by its smallest positive entry; L = F^-1(SVD(F(E)))."""
+    x = mean_abs + mean_abs[mean_abs > 0].min()
+    return truncate(E @ np.diag(x), rank) @ np.diag(1 / x)
+
+
+def dsnot_row(
+    w: Array,
+    kept: Mask,
+    mean: Array,
+    variance: Array,
+    cost: Array,
+    initial: Array,
+    *,
+    m: int | None,
+    cycles: int,
+    threshold: float,
+    power: float,
+    same_sign: bool,
+) -> Mask:
+    """DSnoT, arXiv:2310.08915, Algorithm 1, for one row; `m` is the group of n:m, None for unstructured.
+
+    Under n:m a swap that does not lower the error, or turns its sign, is left out and the next is tried.
+    """
+    kept = kept.copy()
+    tried: set[int] = set()
+    moved: set[int] = set()
+    error = sum(w[j] * mean[j] for j in range(len(w)) if not kept[j])
+    first_sign = np.sign(error)
+    for _ in range(cycles):
+        if abs(error) <= threshold:
+            break
+        sign = 1 if error > 0 else -1
+        grow = [j for j in range(len(w)) if not kept[j] and j not in tried | moved and sign * w[j] * mean[j] > 0]
+        if not grow:
+            break
+        j = max(grow, key=lambda j: (sign * w[j] * mean[j] / variance[j] ** power, -j))
+        if m is None:
+            prune = [i for i in range(len(w)) if kept[i] and i not in moved and sign * w[i] * mean[i] < 0]
+            rank_by = cost
+        else:
+            group = range(j - j % m, j - j % m + m)
+            prune = [i for i in group if kept[i] and i not in moved]
+            rank_by = initial
+        tried.add(j)
+        if m is None and not prune:
+            break
+        if not prune:
+            continue
+        i = min(prune, key=lambda i: (rank_by[i], i))
+        after = error + w[i] * mean[i] - w[j] * mean[j]
+        if m is None and same_sign and np.sign(after) != first_sign:
+            break
+        if m is not None and (np.sign(after) != first_sign or abs(after) >= abs(error)):
+            continue
+        kept[j], kept[i] = True, False
+        moved |= {i, j}
+        error = after
+    return kept

@@ -268,6 +268,14 @@ SETTINGS: dict[str, tuple[str, Pattern, str, str, int | str, int | None, str | N
     "self-calibrated-wanda-tlr-50": ("wanda", HALF, "plain", "tlr", 128, 50, "self"),
     "gram-tlr-50": ("wanda", HALF, "gram", "tlr", 128, 50, "c4"),
     "gram-tlr-2-4": ("wanda", NM(2, 4), "gram", "tlr", 128, 50, "c4"),
+    "hassle-free-50": ("sparsegpt", HALF_BY_TENSOR, "gram", "hassle-free", 128, 80, "c4"),
+    "hassle-free-2-4": ("sparsegpt", NM(2, 4), "gram", "hassle-free", 64, 80, "c4"),
+    "eora-50": ("sparsegpt", HALF_BY_TENSOR, "gram", "eora", 128, None, "c4"),
+    "eora-2-4": ("sparsegpt", NM(2, 4), "gram", "eora", 128, None, "c4"),
+    "slim-lora-50": ("wanda", HALF, "diagonal", "slim-lora", "10%", None, "c4"),
+    "slim-lora-2-4": ("wanda", NM(2, 4), "diagonal", "slim-lora", "10%", None, "c4"),
+    "dsnot-50": ("dsnot", HALF, "plain", "none", 0, None, "c4"),
+    "dsnot-2-4": ("dsnot", NM(2, 4), "plain", "none", 0, None, "c4"),
 }
 
 
@@ -285,7 +293,7 @@ def test_built_in_recipes_are_what_was_published(name: str) -> None:
     if source == "c4":
         assert recipe.calibration is not None
         assert (recipe.calibration.n_sequences, recipe.calibration.windows) == (128, "random")
-    if refiner == "zero-shot-svd":
+    if refiner in ("zero-shot-svd", "slim-lora"):
         assert recipe.refiner_options == {"refit": False}
     assert Recipe(**json.loads(json.dumps(recipe.to_dict()))) == recipe
 

@@ -31,7 +31,8 @@ CriterionOption = Annotated[
     typer.Option(
         "--criterion",
         metavar="NAME",
-        help="Which weights count most: magnitude, random; with calibration wanda, ria, sparsegpt. Default: magnitude.",
+        help="Which weights count most: magnitude, random; with calibration wanda, ria, dsnot, sparsegpt. "
+        "Default: magnitude.",
         rich_help_panel=_WHAT,
     ),
 ]

@@ -34,15 +34,16 @@ class DSnoT(AbstractCriterion):
         argmax of sign(e) w_j mean_j / var_j ** regrowing_power,
 
     and prunes a kept one: under an unstructured pattern the least of ``|w_j| ||X_j||`` among those whose loss moves e
-    towards 0, under n:m the one of the same group that the initial criterion ranks lowest. A weight moves once.
+    towards 0, under n:m the one of the same group that the initial criterion ranks lowest. A weight moves once, and
+    under n:m a swap that would raise ``|e|`` or change the sign of e is left out.
 
     Parameters
     ----------
     initial : criterion of the first mask, "wanda" or "magnitude".
-    max_cycles : most swaps of a row, >= 0; 0 is the initial mask.
+    max_cycles : most candidates to grow that a row looks at, >= 0; 0 is the initial mask.
     update_threshold : smallest ``|e|`` that is worth a swap, >= 0, summed over 2,048 tokens.
     regrowing_power : of the variance, >= 0.
-    same_sign : end a row before the swap that changes the sign of e. Under n:m it always ends there.
+    same_sign : end a row before the swap that changes the sign of e. Of no account under n:m.
 
     Raises
     ------
@@ -53,13 +54,17 @@ class DSnoT(AbstractCriterion):
     Every row keeps its count, every n:m group its n. Cost: four sorts of W by row and `max_cycles` steps on single
     entries of all rows together. e is an expectation, not an error: inputs with zero mean do not count in it, and the
     output error can rise.
+    Measured on layers 0 and 15 of SmolLM2-135M, Wanda masks, 8,192 tokens: ``|e|`` falls by 80 to 99 %, the output
+    error moves by -2 to +16 % (down_proj of layer 15, 2:4: 0.287 to 0.281; q_proj, 50 %: 0.103 to 0.118).
 
     References
     ----------
     .. [1] Zhang et al. (2024), Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs, ICLR 2024,
        arXiv:2310.08915, Section 3 and Algorithm 1; fields and defaults of its code (lib/prune.py, ``prune_DSnoT``;
        ``--update_threshold`` 0.1 there is of sums over the 2,048 tokens of a window). Deviations: a row also ends where
-       no swap of the right sign is left, where its code goes on with weights that were swapped before and loses count;
+       no candidate is left, where its code goes on with weights that were swapped before and loses count; under n:m
+       its code makes swaps that raise ``|e|`` and ends a row where the sign would change (q_proj of layer 0: output
+       error 0.051 before, 0.117 after its swaps, 0.058 after these);
        no "sparsegpt" as the initial criterion, whose updated weights a swap would undo; its code repairs attention
        alone unless ``--skip_layer`` says otherwise, here every tensor that is compressed.
     """
@@ -103,15 +108,13 @@ class DSnoT(AbstractCriterion):
         signal = W.to(dtype) * mean.to(dtype)
         growth = signal / variance.pow(self.regrowing_power).clamp_min(torch.finfo(dtype).tiny).to(dtype)
         if isinstance(pattern, NM):
-            self._repair(mask, signal, growth, _InGroup(initial, mask, pattern.m), same_sign=True)
+            self._repair(mask, signal, growth, _InGroup(initial, mask, pattern.m))
         else:
             cost = Wanda().scores(W, inputs, generator)
-            self._repair(mask, signal, growth, _InRow(cost, signal, mask, self.max_cycles), same_sign=self.same_sign)
+            self._repair(mask, signal, growth, _InRow(cost, signal, mask, self.max_cycles))
         return Selection(mask)
 
-    def _repair(
-        self, mask: Tensor, signal: Tensor, growth: Tensor, partners: _InGroup | _InRow, *, same_sign: bool
-    ) -> None:
+    def _repair(self, mask: Tensor, signal: Tensor, growth: Tensor, partners: _InGroup | _InRow) -> None:
         """Swap entries of `mask` (d_out, d_in) in place; `signal` is ``w_j mean_j``, `growth` ranks what to grow."""
         error = (signal * ~mask).sum(dim=1, keepdim=True)
         first_sign = error.sign()
@@ -125,16 +128,21 @@ class DSnoT(AbstractCriterion):
             grown, found = candidates.head(positive)
             pruned, has_partner = partners.find(grown, positive)
             after = error + signal.gather(1, pruned) - signal.gather(1, grown)
-            active &= found & has_partner
-            if same_sign:
-                active &= after.sign() == first_sign
+            active &= found
+            swapped = active & has_partner
+            if isinstance(partners, _InGroup):
+                swapped &= (after.sign() == first_sign) & (after.abs() < error.abs())
+            else:
+                if self.same_sign:
+                    swapped &= after.sign() == first_sign
+                active = swapped
             if not bool(active.any()):
                 break
-            mask.scatter_(1, grown, mask.gather(1, grown) | active)
-            mask.scatter_(1, pruned, mask.gather(1, pruned) & ~active)
+            mask.scatter_(1, grown, mask.gather(1, grown) | swapped)
+            mask.scatter_(1, pruned, mask.gather(1, pruned) & ~swapped)
             candidates.advance(positive)
-            partners.take(pruned, positive)
-            error = torch.where(active, after, error)
+            partners.take(pruned, positive, swapped)
+            error = torch.where(swapped, after, error)
 
 
 class _Queues:
@@ -176,8 +184,8 @@ class _InRow:
         """Columns (d_out, 1), and whether there was one."""
         return self._queues.head(positive)
 
-    def take(self, pruned: Tensor, positive: Tensor) -> None:
-        """Never find `pruned` again."""
+    def take(self, pruned: Tensor, positive: Tensor, swapped: Tensor) -> None:
+        """Never find `pruned` again; rows that did not swap have ended."""
         self._queues.advance(positive)
 
 
@@ -194,6 +202,6 @@ class _InGroup:
         lowest, place = self._scores.gather(1, columns).min(dim=1, keepdim=True)
         return columns.gather(1, place), lowest.isfinite()
 
-    def take(self, pruned: Tensor, positive: Tensor) -> None:
-        """Never find `pruned` again."""
-        self._scores.scatter_(1, pruned, math.inf)
+    def take(self, pruned: Tensor, positive: Tensor, swapped: Tensor) -> None:
+        """Never find `pruned` again in rows that swapped."""
+        self._scores.scatter_(1, pruned, torch.where(swapped, math.inf, self._scores.gather(1, pruned)))
