@@ -62,7 +62,7 @@ class HassleFree(AbstractRefiner):
     Measured on layer 15 of SmolLM2-135M, 2:4, rank 29, 8,192 tokens, `rel_output_error` and seconds on one CPU core:
     q_proj (576 x 576) SparseGPT with L fitted once 0.0979, S fitted then 0.0856; after 10, 20, 40, 80 iterations 0.0691
     (0.5 s), 0.0664, 0.0646, 0.0634 (3.0 s); down_proj (576 x 1536) 0.1932, 0.1679; 0.1456 (2 s), 0.1416, 0.1391, 0.1378
-    (8 s). The objective fell in every iteration but for rounding. With ALPS: q_proj after 1, 5, 20 iterations 0.0799
+    (8 s). The objective hardly ever rose in an iteration. With ALPS: q_proj after 1, 5, 20 iterations 0.0799
     (0.7 s), 0.0731, 0.0665 (12 s); down_proj after 5 0.1536 (17 s). `AcceleratedTLR` started from the result, on its
     mask, takes 2 to 4 % more off.
 
