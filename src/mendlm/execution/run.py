@@ -73,8 +73,8 @@ class BlockStarted:
     Attributes
     ----------
     index, n_blocks : the how-manieth (from 1) of all blocks.
-    phase : "gather" (statistics), "propagate" (its outputs are what the next block gets) or "survey" (a pass before
-        the work, for sparsities by block).
+    phase : "gather" (statistics), "propagate" (its outputs are what the next block gets), "dense" (the same of the
+        original model, where that is followed too) or "survey" (a pass before the work, for sparsities by block).
     """
 
     index: int
