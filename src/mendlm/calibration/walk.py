@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -62,7 +62,7 @@ class Walk:
         self, model: BlockModel, text: CalibrationText, tell: Callable[[int, str], None], *, dense_stream: bool = False
     ) -> None:
         self.model = model
-        self._tell = tell
+        self._tell, self._ids = tell, text.ids
         embedded = (model.embed(ids) for ids in torch.split(text.ids, text.batch_size))
         first = next(embedded)
         n_sequences, seqlen = text.ids.shape
@@ -103,8 +103,10 @@ class Walk:
         self._tell(index, "propagate")
         self._pass(self.states, index, block, advance=True)
 
-    def propagate_dense(self, index: int, block: nn.Module) -> None:
+    def propagate_dense(self, index: int, block: nn.Module) -> Activations:
         """Replace the hidden states of the original model by the outputs of a loaded block, which is still dense.
+
+        They are returned.
 
         Raises
         ------
@@ -114,6 +116,12 @@ class Walk:
             raise UsageError("this walk carries no dense stream: make it with dense_stream=True.")
         self._tell(index, "dense")
         self._pass(self.dense_states, index, block, advance=True)
+        return self.dense_states
+
+    def learn_batches(self, sizes: Iterable[int]) -> None:
+        """Let blocks run on batches of other numbers of windows than `text.batch_size` too."""
+        for size in sizes:
+            self.model.embed(self._ids[:size])
 
     def _pass(
         self,
