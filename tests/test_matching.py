@@ -107,7 +107,8 @@ def loss_by_hand(block: Toy, state: State, inputs: Tensor, targets: Tensor) -> f
         dense = unpack(values, bitmask, weight.d_in).float() + B.float() @ A.float()
         copy.get_submodule(path).get_parameter("weight").data.copy_(dense)
     with torch.no_grad():
-        return float((copy(inputs) - targets).square().sum() / targets.square().sum())
+        errors = (copy(inputs) - targets).double().square().sum(-1) / targets.double().square().sum(-1)
+        return float(errors.mean())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -193,7 +193,7 @@ class Matching(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     n_steps: Annotated[int, Field(ge=1, strict=True)] = 100
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.002
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.008
     batch_size: Annotated[int, Field(ge=1, strict=True)] = 2
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.125
 

@@ -30,6 +30,7 @@ PATIENCE = 4  # evaluations without a lower loss after which the windows held ou
 WARMUP_FRAC = 0.1  # of the steps: Adam's first ones know nothing about the size of the gradients
 _BETAS = (0.9, 0.98)  # a second moment that a hundred steps are enough to estimate
 _EPS = 1e-20  # gradients of a mean over many outputs are tiny, and entries off the mask have none at all
+_TINY = 1e-30  # of a target that is zero
 
 Forward = Callable[[Callable[..., Any], Tensor], Tensor]
 
@@ -77,7 +78,8 @@ class Match:
     Attributes
     ----------
     state : to store; the very one given if no step had a lower loss.
-    loss_before, loss_after : ``||out - target||_F^2 / ||target||_F^2`` on the windows held out, of what is stored.
+    loss_before, loss_after : mean over the tokens of the windows held out of ``||out - target||^2 / ||target||^2``, of
+        what is stored.
     n_steps : steps taken; fewer than asked for if the windows held out stopped them.
     best_step : the one that `state` is of; 0 is the state given.
     """
@@ -164,14 +166,14 @@ def match_block(
         parameters = _installed(candidate, device, dtype)
         if not all(all_finite(tensor) for tensor in parameters.values()):
             return math.inf
-        error = energy = 0.0
+        total, n_tokens = 0.0, 0
         with torch.no_grad():
             for rows in held_out:
-                target = targets.select(rows).to(device).float()
-                out = run(parameters, inputs.select(rows).to(device)).float()
-                error += float((out - target).square().sum(dtype=torch.float64))
-                energy += float(target.square().sum(dtype=torch.float64))
-        return error / energy if energy else error
+                out = run(parameters, inputs.select(rows).to(device))
+                errors = _errors(out, targets.select(rows).to(device))
+                total += float(errors.sum(dtype=torch.float64))
+                n_tokens += errors.numel()
+        return total / n_tokens
 
     tuned = _Tuned(state, device)
     before = best_loss = loss_of(state)
@@ -187,9 +189,8 @@ def match_block(
             group["lr"] = rate * _schedule(step, matching.n_steps)
         rows = next(batches)
         with torch.enable_grad():  # also for a caller who wants none
-            target = targets.select(rows).to(device).float()
-            out = run(tuned.parameters(dtype), inputs.select(rows).to(device)).float()
-            loss = (out - target).square().sum() / target.square().sum()
+            out = run(tuned.parameters(dtype), inputs.select(rows).to(device))
+            loss = _errors(out, targets.select(rows).to(device)).mean()
         if not math.isfinite(loss.item()):
             break
         optimiser.zero_grad()
@@ -207,6 +208,13 @@ def match_block(
             if waited == PATIENCE:
                 break
     return Match(best, before, best_loss, n_steps, best_step)
+
+
+def _errors(out: Tensor, target: Tensor) -> Tensor:
+    """Squared error of every token (batch, seqlen), float32, relative to the token's target."""
+    target = target.float()
+    # Norms of tokens differ by orders of magnitude (the first token's most of all) and the next norm takes them away.
+    return (out.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(_TINY)
 
 
 class _Tuned:

@@ -88,8 +88,8 @@ class BlockRecord:
     ----------
     block : its index.
     status : "improved", or "kept": no step had a lower loss, and what is stored is what it was before.
-    loss_before, loss_after : ``||out - target||_F^2 / ||target||_F^2`` of its outputs on the windows held out, of what
-        is stored.
+    loss_before, loss_after : mean over the tokens of the windows held out of ``||out - target||^2 / ||target||^2``, of
+        what is stored.
     n_steps : steps taken.
     best_step : the step that is stored; 0 if none is.
     vectors : names of the norms and biases that are not those of the original model.
