@@ -152,6 +152,33 @@ def test_the_walk_sees_what_the_whole_model_sees(tiny_llama: Path) -> None:
     assert all(parameter.is_meta for block in model._blocks for parameter in block.parameters())
 
 
+def test_the_dense_stream_is_that_of_the_original_model(tiny_llama: Path) -> None:
+    """It follows the model's own hidden states, whatever becomes of the blocks in the other stream."""
+    ids = token_ids()
+    model = BlockModel(open_checkpoint(tiny_llama), CPU, torch.float32)
+    text = CalibrationText(ids, batch_size=2)
+    walk = Walk(model, text, lambda index, phase: None, dense_stream=True)
+    with torch.no_grad():
+        whole = mendlm.load(tiny_llama, dtype=torch.float32)
+        hidden = whole(ids, output_hidden_states=True).hidden_states
+        last: list[Tensor] = []
+        whole.model.norm.register_forward_pre_hook(lambda module, args: last.append(args[0]))
+        whole(ids)
+    expected = [hidden[1], last[0]]  # transformers' own last one is after the norm
+    for index in range(model.n_blocks):
+        with model.loaded(index) as block:
+            walk.propagate_dense(index, block)
+            block.mlp.down_proj.weight.data.zero_()
+            walk.propagate(index, block)
+        assert walk.dense_states is not None
+        states = torch.cat(list(walk.dense_states.batches()))
+        bound = 1e3 * EPS32 * float(expected[index].abs().max())
+        torch.testing.assert_close(states, expected[index], rtol=0, atol=bound)
+        assert not torch.allclose(torch.cat(list(walk.states.batches())), expected[index])
+    with model.loaded(0) as block, pytest.raises(UsageError, match="dense_stream=True"):
+        Walk(model, text, lambda index, phase: None).propagate_dense(0, block)
+
+
 def test_each_block_is_calibrated_on_the_compressed_blocks_before_it(
     tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:

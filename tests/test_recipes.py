@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mendlm.budgets import resolve_rank
-from mendlm.config import Calibration, Override, Owl, Recipe
+from mendlm.config import Calibration, Matching, Override, Owl, Recipe
 from mendlm.errors import UsageError
 from mendlm.patterns import NM, Pattern, Unstructured
 from mendlm.recipe_errors import RecipeError, field_name
@@ -395,7 +395,13 @@ def rows(title: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("title", "model"),
-    [("Fields", Recipe), ("calibration", Calibration), ("overrides", Override), ("layer_sparsity", Owl)],
+    [
+        ("Fields", Recipe),
+        ("calibration", Calibration),
+        ("overrides", Override),
+        ("layer_sparsity", Owl),
+        ("match_blocks", Matching),
+    ],
 )
 def test_the_page_has_every_field_and_its_default(title: str, model: Any) -> None:
     assert rows(title) == list(model.model_fields)

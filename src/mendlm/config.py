@@ -91,6 +91,12 @@ def _parse_layer_sparsity(value: object) -> object:
     return value
 
 
+def _parse_matching(value: object) -> object:
+    if type(value) is int:
+        return {"n_steps": value} if value else None
+    return value
+
+
 def _parse_globs(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
@@ -173,6 +179,25 @@ class Owl(BaseModel):
     spread: Annotated[float, Field(ge=0, lt=1)] = 0.08
 
 
+class Matching(BaseModel):
+    """Block matching: after a block is compressed, tune what is stored of it on the original model's hidden states.
+
+    Parameters
+    ----------
+    n_steps : of the optimiser for each block, at most.
+    lr : highest step of a parameter, as a share of its root mean square.
+    batch_size : windows of a step.
+    held_out : share of the windows, at least one, that the tuning does not see and that decide what is kept.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n_steps: Annotated[int, Field(ge=1, strict=True)] = 100
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.008
+    batch_size: Annotated[int, Field(ge=1, strict=True)] = 2
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.125
+
+
 class Recipe(BaseModel):
     """How to compress a model. Frozen; equal recipes do the same.
 
@@ -197,6 +222,7 @@ class Recipe(BaseModel):
         the rank of the refiner object.
     n_iter, solver : fields of the refiner; None means its default.
     refiner_options : the refiner's further fields.
+    match_blocks : a `Matching`, or its number of steps alone; None or 0 for none. Needs calibration.
     include, exclude : globs on tensor names. `include` replaces the family's choice, `exclude` takes away from it.
     dtype : storage dtype of every floating tensor, also of those that are only copied; None keeps what is there.
     seed : of everything random.
@@ -223,6 +249,7 @@ class Recipe(BaseModel):
     n_iter: Annotated[int, Field(ge=1, strict=True)] | None = None
     solver: str | None = None
     refiner_options: dict[str, Any] = Field(default_factory=dict)
+    match_blocks: Annotated[Matching | None, BeforeValidator(_parse_matching)] = None
     include: Globs = ()
     exclude: Globs = ()
     dtype: Annotated[StorageName | None, BeforeValidator(_parse_dtype)] = None
@@ -272,6 +299,18 @@ class Recipe(BaseModel):
                 raise UsageError(f"layer_sparsity 'owl' weighs the inputs, so it needs {data}.")
             if "plain" not in self._refiner_class().metrics:
                 raise UsageError(f"refiner {self._refiner_class().name!r} weighs the inputs, so it needs {data}.")
+            if self.match_blocks is not None:
+                raise UsageError(f"match_blocks compares outputs of blocks, so it needs {data}.")
+        elif self.match_blocks is not None and self.calibration.propagate == "dense":
+            raise UsageError(
+                "match_blocks tunes a block on what the compressed blocks before it give, and propagate 'dense' shows "
+                "it something else. Take propagate 'sequential'."
+            )
+        elif self.match_blocks is not None and self.calibration.n_sequences < 2:
+            raise UsageError(
+                f"match_blocks tunes on some windows and holds out others, got {self.calibration.n_sequences} in all. "
+                "Raise --n-sequences to 2 at least."
+            )
         if self.layer_sparsity is not None and not isinstance(self.pattern, Adjustable):
             raise UsageError(f"layer_sparsity 'owl' needs a pattern with a sparsity of its own, got {self.pattern}.")
         if self.metric not in ("auto", *self._refiner_class().metrics):
@@ -367,6 +406,7 @@ class Recipe(BaseModel):
             "n_iter": self.n_iter,
             "solver": self.solver,
             "refiner_options": dict(self.refiner_options),
+            "match_blocks": None if self.match_blocks is None else self.match_blocks.model_dump(),
             "include": list(self.include),
             "exclude": list(self.exclude),
             "dtype": self.dtype,

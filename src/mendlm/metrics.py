@@ -232,3 +232,8 @@ def diagonal_metric(scale: Tensor) -> DiagonalMetric:
             "Replace the scale of a dead input by a small positive number."
         )
     return DiagonalMetric(scale)
+
+
+def ratio(part: float, whole: float) -> float:
+    """A norm relative to another one; 0 where there is nothing."""
+    return part / whole if whole > 0 else 0.0

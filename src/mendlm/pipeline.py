@@ -188,7 +188,7 @@ def _prepare(
 ) -> Prepared | None:
     """The calibration of a recipe that needs one, else None."""
     recipe = planned.recipe
-    if recipe.needs == "weights" and recipe.layer_sparsity is None:
+    if recipe.needs == "weights" and recipe.layer_sparsity is None and recipe.match_blocks is None:
         if recipe.calibration is not None:
             logger.warning("nothing in this recipe looks at the calibration text: criterion and metric use W alone")
         return None
@@ -353,6 +353,7 @@ def _finish(checkpoint: Checkpoint, run: Run, records: tuple[TensorRecord, ...],
         totals=plan.totals,
         records=records,
         calibration=run.staging.journal.fingerprint.get("calibration"),
+        matching=run.block_records(),
     )
     if _stat_inputs(checkpoint) != run.staging.journal.fingerprint["inputs"]:
         raise CheckpointError("a file of MODEL was changed while it was read. Compress it again.")

@@ -43,6 +43,15 @@ class Activations:
         """Size of the buffer."""
         return self._data.nbytes
 
+    @property
+    def n_sequences(self) -> int:
+        """Number of windows."""
+        return self._data.shape[0]
+
+    def select(self, rows: Tensor) -> Tensor:
+        """Copies of the windows `rows` (n,) int64, (n, seqlen, hidden)."""
+        return self._data[rows]
+
     def batches(self) -> Iterator[Tensor]:
         """Views of the buffer, (batch, seqlen, hidden); what is written into one stays."""
         yield from torch.split(self._data, self._batch_size)

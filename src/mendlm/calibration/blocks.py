@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,25 @@ class BlockModel:
         found = split_block(module_name(self._checkpoint.model_type, tensor_name))
         return None if found is None else (found[1], found[2].removesuffix(".weight"))
 
+    def vectors(self, index: int, compressed: Collection[str]) -> dict[str, str]:
+        """Norms of a block and biases of some of its modules: name in the block -> name in the checkpoint.
+
+        Parameters
+        ----------
+        index : of the block, loaded or not.
+        compressed : paths of the modules whose biases count. Vectors of other modules with a matrix (routers) do not.
+        """
+        found = {}
+        for path, module in self._blocks[index].named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            if path not in compressed and any(parameter.ndim != 1 for parameter in own.values()):
+                continue
+            for name, parameter in own.items():
+                place = self._files[index].get(f"{path}.{name}")
+                if parameter.ndim == 1 and place is not None and place[1].dtype in FLOATING:
+                    found[f"{path}.{name}"] = place[1].name
+        return found
+
     def embed(self, ids: Tensor) -> Tensor:
         """Hidden states (batch, seqlen, hidden) that enter block 0 for token ids (batch, seqlen)."""
         recorders = [_Recorder(block) for block in self._blocks]
@@ -100,8 +119,11 @@ class BlockModel:
             block.requires_grad_(False)
             trim()
 
-    def forward(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Output of a loaded block for hidden states (batch, seqlen, hidden)."""
+    def forward(self, index: int, block: Callable[..., Any], hidden: Tensor) -> Tensor:
+        """Output of a loaded block, or of what is called like it, for hidden states (batch, seqlen, hidden).
+
+        The batch must have a shape that `embed` has seen.
+        """
         call = self._calls[tuple(hidden.shape[:2])][index]
         out = block(hidden, *call.args, **call.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -45,17 +45,36 @@ class Walk:
     model : the blocks.
     text : what runs through them.
     tell : called with the index of a block (from 0) and the phase before it runs over the text.
+    dense_stream : whether to carry a second buffer, of the hidden states that the original model has; `propagate_dense`
+        moves it on, and nothing else does.
+
+    Attributes
+    ----------
+    states : hidden states that enter the block at work: what the blocks before it, as they were propagated, gave.
+    dense_states : the same of the original model; None without `dense_stream`.
+
+    Notes
+    -----
+    Memory: ``n_sequences * seqlen * hidden`` numbers for each buffer, in memory or each in a file.
     """
 
-    def __init__(self, model: BlockModel, text: CalibrationText, tell: Callable[[int, str], None]) -> None:
+    def __init__(
+        self, model: BlockModel, text: CalibrationText, tell: Callable[[int, str], None], *, dense_stream: bool = False
+    ) -> None:
         self.model = model
-        self._tell = tell
+        self._tell, self._ids = tell, text.ids
         embedded = (model.embed(ids) for ids in torch.split(text.ids, text.batch_size))
         first = next(embedded)
         n_sequences, seqlen = text.ids.shape
-        self._states = Activations(n_sequences, seqlen, first.shape[-1], first.dtype, text.batch_size, text.folder)
-        for batch, hidden in zip(self._states.batches(), chain([first], embedded), strict=True):
+        shape = (n_sequences, seqlen, first.shape[-1])
+        self.states = Activations(*shape, first.dtype, text.batch_size, text.folder)
+        for batch, hidden in zip(self.states.batches(), chain([first], embedded), strict=True):
             batch.copy_(hidden)
+        self.dense_states: Activations | None = None
+        if dense_stream:
+            self.dense_states = Activations(*shape, first.dtype, text.batch_size, text.folder)
+            for batch, hidden in zip(self.dense_states.batches(), self.states.batches(), strict=True):
+                batch.copy_(hidden)
 
     def gather(
         self,
@@ -76,19 +95,45 @@ class Walk:
         d_in = {name: n for name, (_, n) in modules.items()}
         gatherer = InputGatherer(layers, d_in, gram=gram, device=self.model.device)
         with gatherer.watching():
-            self._pass(index, block, advance=advance, after_batch=gatherer.batch_ends)
+            self._pass(self.states, index, block, advance=advance, after_batch=gatherer.batch_ends)
         return gatherer.results()
 
     def propagate(self, index: int, block: nn.Module) -> None:
         """Replace the hidden states by the outputs of a loaded block."""
         self._tell(index, "propagate")
-        self._pass(index, block, advance=True)
+        self._pass(self.states, index, block, advance=True)
+
+    def propagate_dense(self, index: int, block: nn.Module) -> Activations:
+        """Replace the hidden states of the original model by the outputs of a loaded block, which is still dense.
+
+        They are returned.
+
+        Raises
+        ------
+        UsageError : there are none.
+        """
+        if self.dense_states is None:
+            raise UsageError("this walk carries no dense stream: make it with dense_stream=True.")
+        self._tell(index, "dense")
+        self._pass(self.dense_states, index, block, advance=True)
+        return self.dense_states
+
+    def learn_batches(self, sizes: Iterable[int]) -> None:
+        """Let blocks run on batches of other numbers of windows than `text.batch_size` too."""
+        for size in sizes:
+            self.model.embed(self._ids[:size])
 
     def _pass(
-        self, index: int, block: nn.Module, *, advance: bool, after_batch: Callable[[], None] = lambda: None
+        self,
+        states: Activations,
+        index: int,
+        block: nn.Module,
+        *,
+        advance: bool,
+        after_batch: Callable[[], None] = lambda: None,
     ) -> None:
         with torch.no_grad():
-            for batch in self._states.batches():
+            for batch in states.batches():
                 out = self.model.forward(index, block, batch.to(self.model.device))
                 if advance:
                     batch.copy_(out)

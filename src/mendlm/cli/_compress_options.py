@@ -150,6 +150,16 @@ DampingOption = Annotated[
         rich_help_panel=_HOW,
     ),
 ]
+MatchBlocksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--match-blocks",
+        metavar="N",
+        help="Tune what is stored of each block for N steps until its outputs match the dense block's; needs "
+        "--calibration. Default: 0.",
+        rich_help_panel=_HOW,
+    ),
+]
 CalibrationOption = Annotated[
     str | None,
     typer.Option(

@@ -74,6 +74,7 @@ def compress(
     solver: options.SolverOption = None,
     metric: options.MetricOption = None,
     damping: options.DampingOption = None,
+    match_blocks: options.MatchBlocksOption = None,
     calibration: options.CalibrationOption = None,
     n_sequences: options.SequencesOption = None,
     seqlen: options.SeqlenOption = None,
@@ -93,7 +94,7 @@ def compress(
     as_json: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Prune a model's block projections and mend each with a low-rank term; nothing is trained.
+    """Prune a model's block projections and mend each with a low-rank term; only --match-blocks trains anything.
 
     No text is needed; with --calibration the errors that matter on that text are the ones that are kept small.
     """
@@ -105,6 +106,7 @@ def compress(
         "solver": solver,
         "metric": metric,
         "damping": damping,
+        "match_blocks": match_blocks,
         "dead_columns": dead_columns,
         "layer_sparsity": layer_sparsity,
         "include": include or None,
@@ -220,7 +222,7 @@ def resolve_recipe(
 
     A flag that changes the refiner takes the old refiner's own settings (n_iter, solver, options) with it, and for one
     without a low-rank part the rank; one that changes the criterion takes its options, and its scope unless a flag says
-    which. `text` holds the fields of `Calibration`.
+    which. Steps of block matching leave the other settings of it alone. `text` holds the fields of `Calibration`.
 
     Raises
     ------
@@ -251,6 +253,8 @@ def resolve_recipe(
         if fields["metric"] != "auto" and fields["refiner"] == PruneOnly.name:
             dropped.add("metric")
         fields = {name: value for name, value in fields.items() if name not in dropped}
+    if given.get("match_blocks") and fields["match_blocks"] is not None:
+        given["match_blocks"] = fields["match_blocks"] | {"n_steps": given["match_blocks"]}
     pattern = zeros.over(fields)
     if pattern is not None:
         given["pattern"] = pattern

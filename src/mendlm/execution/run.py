@@ -21,7 +21,7 @@ from mendlm.errors import MendError, NonFiniteError, located
 from mendlm.execution.tensor import compress_tensor
 from mendlm.inputs import InputStats
 from mendlm.planning import CompressionPlan
-from mendlm.report.records import TensorRecord
+from mendlm.report.records import BlockRecord, TensorRecord
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +73,9 @@ class BlockStarted:
     Attributes
     ----------
     index, n_blocks : the how-manieth (from 1) of all blocks.
-    phase : "gather" (statistics), "propagate" (its outputs are what the next block gets) or "survey" (a pass before
-        the work, for sparsities by block).
+    phase : "gather" (statistics), "propagate" (its outputs are what the next block gets), "dense" (the same of the
+        original model, where that is followed too), "match" (what is stored is tuned) or "survey" (a pass before the
+        work, for sparsities by block).
     """
 
     index: int
@@ -83,6 +84,16 @@ class BlockStarted:
 
 
 Event = TensorStarted | TensorDone | BlockStarted
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A tensor that is compressed and not yet written: its parts in the order of the plan, and the time it took."""
+
+    tensor: PlannedTensor
+    parts: list[Tensor]
+    record: TensorRecord
+    seconds: float
 
 
 class Run(ABC):
@@ -120,6 +131,7 @@ class Run(ABC):
         self._total_bytes = sum(tensor.dense_bytes for tensor in plan.compressed)
         self._n_tensors = len(plan.compressed)
         self._done: dict[str, Entry] = {}
+        self._block_entries: dict[int, Entry] = {}  # of the blocks that are matched and written
         self._done_bytes = 0
         self.n_done = 0
         self.n_resumed = 0
@@ -158,6 +170,11 @@ class Run(ABC):
         rows = (self._done[tensor.name].record for tensor in self.plan.compressed)
         return tuple(TensorRecord.from_dict(row) for row in rows if row is not None)
 
+    def block_records(self) -> tuple[BlockRecord, ...]:
+        """The records of the blocks that were matched, in their order."""
+        rows = (entry.record for entry in self._block_entries.values() if entry.record is not None)
+        return tuple(sorted((BlockRecord.from_dict(row) for row in rows), key=lambda record: record.block))
+
     def seconds(self) -> dict[str, float]:
         """Name -> seconds of every compressed tensor."""
         return {tensor.name: self._done[tensor.name].seconds for tensor in self.plan.compressed}
@@ -174,7 +191,15 @@ class Run(ABC):
         self, writer: ShardWriter, shard: Shard, tensor: PlannedTensor, inputs: InputStats | None = None
     ) -> list[Tensor]:
         """Compress a tensor and write its parts, which are returned."""
-        index = self.n_done + 1
+        done = self._compute(shard, tensor, inputs)
+        self._write(writer, done)
+        return done.parts
+
+    def _compute(
+        self, shard: Shard, tensor: PlannedTensor, inputs: InputStats | None = None, *, n_waiting: int = 0
+    ) -> Compressed:
+        """Compress a tensor; `n_waiting` others are compressed and not written yet."""
+        index = self.n_done + n_waiting + 1
         self._tell(TensorStarted(tensor.name, shard.name, index, self._n_tensors, self._done_bytes, self._total_bytes))
         started = time.monotonic()
         try:
@@ -182,17 +207,23 @@ class Run(ABC):
             parts, record = compress_tensor(W, tensor, self.plan.recipe, self.device, inputs)
         except MendError as err:
             raise located(err, f"{tensor.name} in {shard.name}") from err
+        return Compressed(tensor, parts, record, time.monotonic() - started)
+
+    def _write(self, writer: ShardWriter, done: Compressed) -> None:
+        """Write the parts of a tensor and note it in the journal."""
+        tensor, record = done.tensor, done.record
+        started = time.monotonic()
         crc32 = 0
-        for name, part in zip(tensor.parts(), parts, strict=True):
+        for name, part in zip(tensor.parts(), done.parts, strict=True):
             crc32 = writer.write(name, [as_bytes(part)] if part.numel() else [], crc32)
-        seconds = time.monotonic() - started
+        seconds = done.seconds + time.monotonic() - started
         self._note(tensor, crc32, record, seconds)
         logger.info(
             "%s: kept %d, rank %d, rel_error %.4g, %.2f s",
             *(record.name, record.n_kept, record.rank, record.rel_error, seconds),
         )
-        self._tell(TensorDone(record, index, self._n_tensors, self._done_bytes, self._total_bytes, seconds))
-        return parts
+        n_done = self.n_done
+        self._tell(TensorDone(record, n_done, self._n_tensors, self._done_bytes, self._total_bytes, seconds))
 
     def _note(self, tensor: PlannedTensor, crc32: int, record: TensorRecord | None, seconds: float) -> None:
         entry = Entry(tensor.name, crc32, None if record is None else record.to_dict(), round(seconds, 4))
@@ -204,6 +235,14 @@ class Run(ABC):
         if tensor.action == "compress":
             self.n_done += 1
             self._done_bytes += tensor.dense_bytes
+
+    def _forget(self, tensor: PlannedTensor) -> None:
+        """Do again what an earlier run has done."""
+        del self._done[tensor.name]
+        if tensor.action == "compress":
+            self.n_done -= 1
+            self.n_resumed -= 1
+            self._done_bytes -= tensor.dense_bytes
 
     def _tell(self, event: Event) -> None:
         if self._on_event is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from mendlm.checkpoints.plan import PlannedTensor
 from mendlm.decomposition import merge
 from mendlm.inputs import InputStats, treat_dead_columns
 from mendlm.linalg import compute_dtype
-from mendlm.metrics import make_metric
+from mendlm.metrics import Metric, make_metric, ratio
 from mendlm.packing import pack_mask, unpack
 from mendlm.refiners import refine
 from mendlm.report.records import TensorRecord
@@ -52,9 +53,7 @@ def compress_tensor(
     used, stats = (W, None) if inputs is None else treat_dead_columns(W, inputs, recipe.dead_columns)
     with torch.no_grad():
         selection = select(used, recipe.criterion_object(), pattern, inputs=stats, generator=generator)
-        metric = make_metric(
-            recipe.metric_kind, stats, damping=recipe.damping, dtype=compute_dtype(W.dtype), device=device
-        )
+        metric = _metric(recipe, stats, W)
         out = refine(
             used,
             selection.mask,
@@ -93,6 +92,35 @@ def compress_tensor(
         n_dead=None if inputs is None else int(inputs.dead.sum()),
     )
     return parts, record
+
+
+def remeasured(
+    record: TensorRecord,
+    W: Tensor,
+    parts: list[Tensor],
+    recipe: Recipe,
+    device: torch.device,
+    inputs: InputStats | None = None,
+) -> TensorRecord:
+    """The record of a weight whose `parts` were changed since: what is stored has other errors.
+
+    Parameters are those of `compress_tensor`.
+    """
+    W = W.to(device)
+    used, stats = (W, None) if inputs is None else treat_dead_columns(W, inputs, recipe.dead_columns)
+    compute = compute_dtype(W.dtype)
+    metric, dense = _metric(recipe, stats, W), used.to(compute)
+    error = dense - dense_weight([part.to(device) for part in parts], W.shape[1], compute)
+    return dataclasses.replace(
+        record,
+        rel_error=ratio(float(torch.linalg.vector_norm(error)), float(torch.linalg.vector_norm(dense))),
+        rel_output_error=None if metric.name == "plain" else ratio(metric.norm(error), metric.norm(dense)),
+    )
+
+
+def _metric(recipe: Recipe, stats: InputStats | None, W: Tensor) -> Metric:
+    dtype = compute_dtype(W.dtype)
+    return make_metric(recipe.metric_kind, stats, damping=recipe.damping, dtype=dtype, device=W.device)
 
 
 def dense_weight(parts: list[Tensor], d_in: int, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from mendlm.decomposition import SparseLowRank
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats
 from mendlm.linalg import all_finite, compute_dtype
-from mendlm.metrics import GramMetric, Metric, MetricName, diagonal_metric, gram_metric
+from mendlm.metrics import GramMetric, Metric, MetricName, diagonal_metric, gram_metric, ratio
 from mendlm.patterns import Pattern
 from mendlm.refiners._base import AbstractRefiner, Problem, Progress
 from mendlm.refiners._least_squares import masked_least_squares
@@ -172,11 +172,11 @@ def refine(
         SparseLowRank(S, B, A, mask),
         tuple(trace),
         status,
-        _ratio(float(torch.linalg.vector_norm(error)), float(torch.linalg.vector_norm(dense))),
+        ratio(float(torch.linalg.vector_norm(error)), float(torch.linalg.vector_norm(dense))),
         objective,
         measure.name,
         measure.damping,
-        None if measure.name == "plain" else _ratio(measure.norm(error), measure.norm(dense)),
+        None if measure.name == "plain" else ratio(measure.norm(error), measure.norm(dense)),
     )
 
 
@@ -194,10 +194,6 @@ def _fit_S(
     else:
         S = (dense - L).mul_(kept)
     return S.add_(0.0)  # + 0 turns the -0 of a product into 0
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
 
 
 def _metric(

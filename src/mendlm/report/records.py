@@ -81,6 +81,43 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
+class BlockRecord:
+    """The matching of one block.
+
+    Attributes
+    ----------
+    block : its index.
+    status : "improved", or "kept": no step had a lower loss, and what is stored is what it was before.
+    loss_before, loss_after : mean over the tokens of the windows held out of ``||out - target||^2 / ||target||^2``, of
+        what is stored.
+    n_steps : steps taken.
+    best_step : the step that is stored; 0 if none is.
+    vectors : names of the norms and biases that are not those of the original model.
+    n_windows, n_held_out : windows that it was tuned on, and others that decided.
+    """
+
+    block: int
+    status: str
+    loss_before: float
+    loss_after: float
+    n_steps: int
+    best_step: int
+    vectors: tuple[str, ...]
+    n_windows: int
+    n_held_out: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields."""
+        return dataclasses.asdict(self) | {"vectors": list(self.vectors)}
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; fields of a newer version are ignored."""
+        known = {f.name: row[f.name] for f in dataclasses.fields(cls)}
+        return cls(**(known | {"vectors": tuple(known["vectors"])}))
+
+
+@dataclass(frozen=True)
 class Totals:
     """Sums over a whole checkpoint, compressed and copied tensors together.
 
@@ -125,6 +162,7 @@ class Manifest:
     inputs, outputs : file name -> {"sha256", "size_bytes"}.
     totals, records : what was done.
     calibration : facts about the calibration text (source, sha256 of the tokens, …); None for data-free work.
+    matching : of the blocks that were matched, in their order.
     """
 
     mendlm_version: str
@@ -135,6 +173,7 @@ class Manifest:
     totals: Totals
     records: tuple[TensorRecord, ...]
     calibration: Mapping[str, Any] | None = None
+    matching: tuple[BlockRecord, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `mendlm.json`."""
@@ -149,6 +188,7 @@ class Manifest:
             "inputs": dict(self.inputs),
             "outputs": dict(self.outputs),
             "totals": self.totals.to_dict(),
+            "matching": [block.to_dict() for block in self.matching],
             "records": [record.to_dict() for record in self.records],
         }
 
@@ -163,6 +203,7 @@ class Manifest:
             inputs=parsed["inputs"],
             outputs=parsed["outputs"],
             totals=Totals.from_dict(parsed["totals"]),
+            matching=tuple(BlockRecord.from_dict(row) for row in parsed.get("matching", ())),
             records=tuple(TensorRecord.from_dict(row) for row in parsed["records"]),
         )
 
