@@ -25,6 +25,7 @@ from mendlm.measuring import ModelCurves, Patterns, Tell, fingerprint_of, measur
 from mendlm.patterns import Adjustable, Pattern
 from mendlm.pipeline import open_model
 from mendlm.planning import CompressionPlan, make_plan
+from mendlm.refiners import PruneOnly
 
 Objective = Literal["absolute", "relative", "parameters"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
@@ -129,7 +130,7 @@ class Uniform:
 
     Attributes
     ----------
-    pattern : None where the recipe's patterns stay.
+    pattern : None where the recipe's patterns stay and are not the same everywhere.
     rank : of every tensor, or the largest that its curve has.
     error, stored_bytes : as those of `BudgetPlan`.
     """
@@ -287,6 +288,11 @@ def _patterns(base: CompressionPlan, target: Target, sparsities: Sequence[float]
         if target.rank_ratio is None and isinstance(own, Adjustable):
             others = [replace(own, sparsity=sparsity) for sparsity in sorted(set(grid)) if sparsity != own.sparsity]
         found[tensor.name] = (own, *others)
+    if base.recipe.refiner == PruneOnly.name and all(len(choice) == 1 for choice in found.values()):
+        raise UsageError(
+            f"{target.name} leaves nothing to choose: refiner {base.recipe.refiner!r} has no ranks, and the patterns "
+            "stay as they are. Take a refiner with a low-rank part, or --target-bytes with an unstructured pattern."
+        )
     return found
 
 
@@ -317,12 +323,6 @@ class _Choice:
         self._total = 0.0  # of the weighted squared norms
         for tensor in self._compressed:
             self._add(tensor, curves.tensors[tensor.name], patterns[tensor.name])
-        if all(len(settings) == 1 for settings in self._settings):
-            raise UsageError(
-                f"{target.name} leaves nothing to choose: refiner {base.recipe.refiner!r} and pattern "
-                f"{base.recipe.pattern} allow one setting for every tensor. Take a refiner with a low-rank part, or an "
-                "unstructured pattern."
-            )
         self._fixed = base.totals.stored_bytes - sum(tensor.stored_bytes for tensor in self._compressed)
         self._dense = sum(tensor.dense_bytes for tensor in self._compressed)
 
@@ -407,7 +407,7 @@ class _Choice:
     def _uniform(self) -> dict[tuple[int, ...], tuple[Pattern | None, int]]:
         """Allocations with one pattern, or each tensor's own, and one rank (or the largest that there is) for all."""
         shared = [setting.pattern for setting in self._settings[0]]
-        patterns: list[Pattern | None] = [None, *dict.fromkeys(shared)]
+        patterns: list[Pattern | None] = [*dict.fromkeys(shared), None]
         ranks = sorted({setting.rank for settings in self._settings for setting in settings})
         tables = [
             {(setting.pattern, setting.rank): i for i, setting in enumerate(settings)} for settings in self._settings

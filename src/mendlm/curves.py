@@ -220,7 +220,7 @@ def _measure(
     if not isinstance(refiner, TLR | AcceleratedTLR):
         return [_run(W, problem, replace(refiner, rank=rank), start) for rank in ranks]  # type: ignore[type-var]
     if isinstance(metric, GramMetric):
-        alternation = GramAlternation(problem, metric, solver_for(problem, "auto", ranks[-1], ranks[-1]))
+        alternation = GramAlternation(problem, metric, solver_for(problem, "auto", ranks[-1]))
         found = [first]
         for rank in ranks[1:]:
             objective = [alternation.step(rank).objective for _ in range(GRAM_STEPS)][-1]
