@@ -123,7 +123,7 @@ def plan(
         typer.Option(
             "--plot",
             metavar="FILE",
-            help="Draw the allocation as a .png, .svg or .pdf; needs mendlm[[plot]].",
+            help="Draw the allocation as a .png, .svg or .pdf; needs matplotlib.",
             rich_help_panel=_BUDGET,
         ),
     ] = None,
