@@ -13,6 +13,7 @@ _install()
 # Public name -> module, imported on first use (PEP 562): torch takes a second to import, transformers several.
 _LAZY = {
     "AcceleratedTLR": "mendlm.refiners",
+    "BudgetPlan": "mendlm.budget_planning",
     "CompressionResult": "mendlm.pipeline",
     "NM": "mendlm.patterns",
     "OATS": "mendlm.refiners",
@@ -35,6 +36,7 @@ _LAZY = {
     "compress": "mendlm.pipeline",
     "import_gguf": "mendlm.gguf",
     "load": "mendlm.loading",
+    "plan_budget": "mendlm.budget_planning",
     "perplexity": "mendlm.evaluation.perplexity",
     "refine": "mendlm.refiners",
     "select_mask": "mendlm.selection",
@@ -42,6 +44,8 @@ _LAZY = {
 __all__ = ["MendError", *_LAZY]
 
 if TYPE_CHECKING:
+    from mendlm.budget_planning import BudgetPlan as BudgetPlan
+    from mendlm.budget_planning import plan_budget as plan_budget
     from mendlm.config import Recipe as Recipe
     from mendlm.decomposition import SparseLowRank as SparseLowRank
     from mendlm.evaluation.perplexity import PerplexityResult as PerplexityResult

@@ -102,7 +102,7 @@ def plan(model: str | Path, recipe: Recipe | None = None) -> CompressionPlan:
         a rank or pattern that does not fit a tensor (the message names it).
     CheckpointError : a file is missing, damaged or unsafe.
     """
-    return make_plan(_open(model), _recipe_or_default(recipe))
+    return make_plan(open_model(model), _recipe_or_default(recipe))
 
 
 def compress(
@@ -158,14 +158,14 @@ def compress(
         raise UsageError(f"unknown executor {executor!r}. Available: local.")
     if overwrite and resume:
         raise UsageError("overwrite starts anew and resume continues: pass one of them.")
-    checkpoint = _open(model)
+    checkpoint = open_model(model)
     planned = make_plan(checkpoint, recipe)
     target = check_target(out, checkpoint.folder)
     if resume and is_filled(target) and not has_partial(target):
         manifest = _finished_run(target, checkpoint, recipe)
         seconds = time.monotonic() - started
         return CompressionResult(target, manifest.records, manifest.totals, seconds, len(manifest.records))
-    prepared = _prepare(checkpoint, planned, where, activation_dir)
+    prepared = prepare_calibration(checkpoint, planned, where, activation_dir)
     if prepared is not None and recipe.layer_sparsity is not None:
         planned = make_plan(checkpoint, recipe, _survey(prepared, checkpoint, planned, on_event))
     layouts = {shard.name: shard_layout(shard, planned.tensors, planned.guard) for shard in checkpoint.shards}
@@ -183,7 +183,7 @@ def compress(
     return CompressionResult(target, records, planned.totals, time.monotonic() - started, run.n_resumed)
 
 
-def _prepare(
+def prepare_calibration(
     checkpoint: Checkpoint, planned: CompressionPlan, device: torch.device, activation_dir: str | Path | None
 ) -> Prepared | None:
     """The calibration of a recipe that needs one, else None."""
@@ -239,7 +239,8 @@ def _recipe_or_default(recipe: Recipe | None) -> Recipe:
     return Recipe()
 
 
-def _open(model: str | Path) -> Checkpoint:
+def open_model(model: str | Path) -> Checkpoint:
+    """The checkpoint in a folder; errors as `plan`."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return open_checkpoint(folder)
@@ -264,12 +265,13 @@ def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
         "torch_version": torch.__version__,
         "device": device.type,
         "recipe": recipe.to_dict(),
-        "inputs": _stat_inputs(checkpoint),
+        "inputs": stat_inputs(checkpoint),
         "headers": {shard.name: shard.header.sha256 for shard in checkpoint.shards},
     }
 
 
-def _stat_inputs(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+def stat_inputs(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    """Sizes and times of the files of the input, by name."""
     stats = {name: (checkpoint.folder / name).stat() for name in input_files(checkpoint)}
     return {name: {"size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats.items()}
 
@@ -288,7 +290,7 @@ def _finished_run(target: Path, checkpoint: Checkpoint, recipe: Recipe) -> Manif
             "Pass --overwrite, or choose another folder."
         )
     manifest = read_manifest(target)
-    stats = _stat_inputs(checkpoint)
+    stats = stat_inputs(checkpoint)
     unchanged = _known_stats(target) == stats
     old = {
         "mendlm_version": manifest.mendlm_version,
@@ -355,7 +357,7 @@ def _finish(checkpoint: Checkpoint, run: Run, records: tuple[TensorRecord, ...],
         calibration=run.staging.journal.fingerprint.get("calibration"),
         matching=run.block_records(),
     )
-    if _stat_inputs(checkpoint) != run.staging.journal.fingerprint["inputs"]:
+    if stat_inputs(checkpoint) != run.staging.journal.fingerprint["inputs"]:
         raise CheckpointError("a file of MODEL was changed while it was read. Compress it again.")
     write_file(folder / MANIFEST_FILE, to_json(manifest.to_dict()))
     write_file(folder / RUN_FILE, to_json(_run_facts(run, seconds)))

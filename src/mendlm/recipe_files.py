@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import reprlib
@@ -65,6 +66,41 @@ def recipe_headline(path: Path) -> str:
     """What a recipe file says it is: the first line of its leading comment, or "" if it has none."""
     first = path.read_text(encoding="utf-8-sig").lstrip().partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def recipe_text(recipe: Recipe, headline: str = "") -> str:
+    """A recipe as YAML that reads back as the same one: a field a line, an override a line, defaults left out.
+
+    Parameters
+    ----------
+    recipe : with a registered refiner.
+    headline : becomes the leading comment.
+
+    Raises
+    ------
+    UsageError : the recipe cannot be said in a file: its refiner is an object of a class that is not registered.
+    """
+    fields, default = recipe.to_dict(), Recipe().to_dict()
+    always = ("criterion", "pattern", "refiner", "rank")  # their defaults depend on one another
+    lines = [f"# {line}" for line in headline.splitlines()]
+    overrides = fields.pop("overrides")
+    lines += [_flow({name: value})[1:-1] for name, value in fields.items() if name in always or value != default[name]]
+    if overrides:
+        lines += ["overrides:", *(f"  - {_flow(override)}" for override in overrides)]
+    text = "\n".join(lines) + "\n"
+    try:
+        same = Recipe(**_parse_yaml(text, "recipe.yaml")[0]) == recipe
+    except UsageError:
+        same = False
+    if not same:
+        raise UsageError(f"the recipe cannot be written to a file: refiner {fields['refiner']!r} is not registered.")
+    return text
+
+
+def _flow(value: Mapping[str, Any]) -> str:
+    """A mapping on one line of YAML."""
+    dumped: str = yaml.safe_dump(value, default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True)
+    return dumped.strip()
 
 
 def read_recipe(path: str | Path, kind: type[R]) -> R:

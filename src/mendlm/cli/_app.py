@@ -6,12 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from mendlm.cli import compress, evaluate, import_gguf, inspect, recipes
+from mendlm.cli import compress, evaluate, import_gguf, inspect, plan, recipes
 from mendlm.cli._options import TracebackOption
 
 _EXAMPLES = """[bold]Examples[/bold]
 
 [green]mendlm compress SmolLM2-135M out --sparsity 0.5 --rank 5%[/green]
+
+[green]mendlm plan SmolLM2-135M --target-bytes 0.6 -o budget.yaml[/green]
 
 [green]mendlm eval out --text test.parquet --n-windows 8[/green]
 
@@ -49,6 +51,7 @@ def build_command() -> Any:
         """Compress pretrained language models as sparse + low-rank, [bold]W ≈ S + B @ A[/bold], without retraining."""
 
     app.command("compress", epilog=compress.EXAMPLES)(compress.compress)
+    app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
     app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
     app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
     app.command("import", epilog=import_gguf.EXAMPLES)(import_gguf.import_gguf)

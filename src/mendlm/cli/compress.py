@@ -53,6 +53,13 @@ EXAMPLES = """[bold]Examples[/bold]
 [green]mendlm compress SmolLM2-135M out --sparsity 0.5 --rank 5% --resume[/green]"""
 
 
+# Options that are fields of a recipe as they are.
+_FIELDS = (
+    *("criterion", "refiner", "rank", "n_iter", "solver", "metric", "damping", "match_blocks"),
+    *("dead_columns", "layer_sparsity", "dtype", "seed"),
+)
+
+
 def compress(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A dense checkpoint folder.", show_default=False)],
@@ -98,34 +105,8 @@ def compress(
 
     No text is needed; with --calibration the errors that matter on that text are the ones that are kept small.
     """
-    flags: dict[str, Any] = {
-        "criterion": criterion,
-        "refiner": refiner,
-        "rank": rank,
-        "n_iter": n_iter,
-        "solver": solver,
-        "metric": metric,
-        "damping": damping,
-        "match_blocks": match_blocks,
-        "dead_columns": dead_columns,
-        "layer_sparsity": layer_sparsity,
-        "include": include or None,
-        "exclude": exclude or None,
-        "dtype": dtype,
-        "seed": seed,
-    }
-    text = {
-        "source": calibration,
-        "n_sequences": n_sequences,
-        "seqlen": seqlen,
-        "windows": windows,
-        "propagate": propagate,
-        "batch_size": batch_size,
-        "dtype": calibration_dtype,
-    }
     with json_only(as_json) as stream:
-        flags["skip_layers"] = parse_layers(skip_layers)
-        chosen = resolve_recipe(one_source(recipe, preset), flags, Zeros(sparsity, pattern, scope, tile), text)
+        chosen = recipe_of(ctx.params)
         if dry_run:
             from mendlm.pipeline import plan
 
@@ -143,6 +124,22 @@ def compress(
         _show_plan(planned)
     else:
         _show_result(result)
+
+
+def recipe_of(options: Mapping[str, Any]) -> Recipe:
+    """The recipe that a command's options, by their names, say.
+
+    Raises
+    ------
+    UsageError : as `resolve_recipe`.
+    """
+    flags = {name: options[name] for name in _FIELDS}
+    flags |= {name: options[name] or None for name in ("include", "exclude")}
+    flags["skip_layers"] = parse_layers(options["skip_layers"])
+    zeros = Zeros(*(options[name] for name in Zeros._fields))
+    text = {name: options[name] for name in ("n_sequences", "seqlen", "windows", "propagate", "batch_size")}
+    text = {"source": options["calibration"], **text, "dtype": options["calibration_dtype"]}
+    return resolve_recipe(one_source(options["recipe"], options["preset"]), flags, zeros, text)
 
 
 class Zeros(NamedTuple):

@@ -1,0 +1,284 @@
+"""The error curves of a whole model: measured tensor by tensor, or block by block on a text; kept in a file."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+import mendlm
+from mendlm._memory import trim
+from mendlm.calibration.prepare import Prepared
+from mendlm.checkpoints.plan import PlannedTensor
+from mendlm.checkpoints.reader import Checkpoint, read_weight
+from mendlm.checkpoints.staging import differences
+from mendlm.checkpoints.writer import write_file
+from mendlm.config import Recipe
+from mendlm.curves import ErrorCurve, TensorCurves, error_curve, rank_grid
+from mendlm.errors import CheckpointError, MendError, UsageError, located
+from mendlm.execution.run import BlockStarted, TensorStarted
+from mendlm.execution.tensor import tensor_generator
+from mendlm.inputs import InputStats, treat_dead_columns
+from mendlm.linalg import compute_dtype
+from mendlm.metrics import make_metric
+from mendlm.patterns import Pattern, n_kept_total
+from mendlm.pipeline import prepare_calibration, stat_inputs
+from mendlm.planning import CompressionPlan
+from mendlm.refiners import PruneOnly
+from mendlm.selection import select
+
+FORMAT = "mendlm-curves-1"
+# What a recipe says that no curve depends on: the patterns are in the curves themselves.
+_WITHOUT_EFFECT = ("rank", "overrides", "pattern", "skip_layers", "include", "exclude")
+
+
+@dataclass(frozen=True)
+class CurvesDone:
+    """The curves of a tensor are measured.
+
+    Attributes
+    ----------
+    curves : of the tensor.
+    index, n_tensors : the how-manieth (from 1) of the tensors, in all.
+    done_bytes, total_bytes : dense bytes of the tensors done so far, and of all of them.
+    seconds : that it took.
+    """
+
+    curves: TensorCurves
+    index: int
+    n_tensors: int
+    done_bytes: int
+    total_bytes: int
+    seconds: float
+
+
+MeasuringEvent = TensorStarted | CurvesDone | BlockStarted
+Tell = Callable[[MeasuringEvent], None]
+Patterns = Mapping[str, tuple[Pattern, ...]]
+
+
+@dataclass(frozen=True)
+class ModelCurves:
+    """The error curves of the tensors that a recipe compresses.
+
+    Attributes
+    ----------
+    fingerprint : of the model and the settings that the curves depend on.
+    tensors : by name.
+    """
+
+    fingerprint: Mapping[str, Any]
+    tensors: Mapping[str, TensorCurves]
+
+    def save(self, path: Path) -> None:
+        """Write them to a JSON file.
+
+        Raises
+        ------
+        StorageError : it cannot be written.
+        """
+        document = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "tensors": [tensor.to_dict() for tensor in self.tensors.values()],
+        }
+        write_file(path, json.dumps(document, ensure_ascii=False).encode() + b"\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        CheckpointError : it cannot be read, or is something else.
+        """
+        try:
+            document = json.loads(path.read_bytes())
+        except OSError as err:
+            raise CheckpointError(f"cannot read the curves in {str(path)!r}: {err.strerror or err}.") from err
+        except (ValueError, RecursionError) as err:
+            raise CheckpointError(f"{str(path)!r} does not hold curves: it is not valid JSON. Delete it.") from err
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise CheckpointError(f"{str(path)!r} does not hold curves of the format {FORMAT!r}. Give another file.")
+        try:
+            tensors = [TensorCurves.from_dict(fields) for fields in document["tensors"]]
+            return cls(dict(document["fingerprint"]), {tensor.name: tensor for tensor in tensors})
+        except (KeyError, TypeError, ValueError) as err:
+            raise CheckpointError(f"the curves in {str(path)!r} are damaged: {err}. Delete the file.") from err
+
+    def check(self, path: Path, fingerprint: Mapping[str, Any], patterns: Patterns) -> None:
+        """Raise `UsageError` unless these are the curves that a run asks for; the message says what differs."""
+        found = differences(self.fingerprint, fingerprint)
+        missing = [
+            (name, pattern) for name, asked in patterns.items() for pattern in asked if not self._has(name, pattern)
+        ]
+        if not found and missing:
+            name, pattern = missing[0]
+            found = f"no curve of {name!r} at {pattern}" + (f", and {len(missing) - 1} more" if missing[1:] else "")
+        if found:
+            raise UsageError(
+                f"the curves in {str(path)!r} are of another run: {found}. Delete the file to measure again, or give "
+                "another one."
+            )
+
+    def _has(self, name: str, pattern: Pattern) -> bool:
+        return name in self.tensors and self.tensors[name].curve(pattern) is not None
+
+
+def fingerprint_of(checkpoint: Checkpoint, recipe: Recipe, rank_step: int, device: torch.device) -> dict[str, Any]:
+    """Everything that the curves depend on but the patterns, from stat and headers: cheap."""
+    settings = {name: value for name, value in recipe.to_dict().items() if name not in _WITHOUT_EFFECT}
+    text = Path(recipe.calibration.source) if recipe.calibration is not None else None
+    stat = text.stat() if text is not None and text.is_file() else None
+    return {
+        "mendlm_version": mendlm.__version__,
+        "device": device.type,
+        "rank_step": rank_step,
+        "recipe": settings,
+        "calibration_file": None if stat is None else {"size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns},
+        "inputs": stat_inputs(checkpoint),
+        "headers": {shard.name: shard.header.sha256 for shard in checkpoint.shards},
+    }
+
+
+def measure_curves(
+    checkpoint: Checkpoint,
+    plan: CompressionPlan,
+    patterns: Patterns,
+    *,
+    rank_step: int,
+    device: torch.device,
+    activation_dir: str | Path | None = None,
+    tell: Tell = lambda event: None,
+) -> ModelCurves:
+    """Measure the error curves of every tensor that a plan compresses.
+
+    Parameters
+    ----------
+    checkpoint, plan : the dense model, and what would be done to it.
+    patterns : to measure, by tensor name.
+    rank_step : ranks are multiples of it.
+    device : where to compute.
+    activation_dir : as for `compress`.
+    tell : called with `TensorStarted`, `CurvesDone` and, in calibrated work, `BlockStarted`.
+
+    Raises
+    ------
+    UsageError, NonFiniteError, CheckpointError : as `compress`; the message names the tensor.
+
+    Notes
+    -----
+    Without calibration tensors stream: memory is that of the largest one. With it the text runs through the dense model
+    once, whatever `propagate` says, and memory is that of one block.
+    """
+    run = _Measuring(checkpoint, plan, patterns, rank_step, device, tell)
+    prepared = prepare_calibration(checkpoint, plan, device, activation_dir)
+    found = run.streaming() if prepared is None else run.walking(prepared)
+    by_name = {curves.name: curves for curves in found}
+    tensors = {tensor.name: by_name[tensor.name] for tensor in plan.compressed}
+    return ModelCurves(fingerprint_of(checkpoint, plan.recipe, rank_step, device), tensors)
+
+
+class _Measuring:
+    """One run over the tensors of a plan."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: CompressionPlan,
+        patterns: Patterns,
+        rank_step: int,
+        device: torch.device,
+        tell: Tell,
+    ) -> None:
+        self._plan, self._patterns, self._rank_step = plan, patterns, rank_step
+        self._device, self._tell = device, tell
+        self._shards = {shard.name: shard for shard in checkpoint.shards}
+        self._total_bytes = sum(tensor.dense_bytes for tensor in plan.compressed)
+        self._n_done = self._done_bytes = 0
+
+    def streaming(self) -> Iterator[TensorCurves]:
+        """Tensor by tensor."""
+        for tensor in self._plan.compressed:
+            yield self._measure(tensor, None)
+
+    def walking(self, prepared: Prepared) -> Iterator[TensorCurves]:
+        """Block by block, on the activations of the dense model."""
+        from mendlm.calibration.walk import Walk, modules_by_block
+
+        n_blocks = prepared.model.n_blocks
+        walk = Walk(
+            prepared.model, prepared.text, lambda index, phase: self._tell(BlockStarted(index + 1, n_blocks, phase))
+        )
+        by_name = {tensor.name: tensor for tensor in self._plan.compressed}
+        by_block = modules_by_block(prepared.model, self._plan)
+        gram = self._plan.recipe.needs == "gram"
+        for index in range(max(by_block) + 1):
+            modules = by_block.get(index, {})
+            with prepared.model.loaded(index) as block:
+                stats = walk.gather(index, block, modules, gram=gram and bool(modules), advance=True, phase="survey")
+            for name in modules:
+                yield self._measure(by_name[name], stats[name])
+            del stats
+            trim()
+
+    def _measure(self, tensor: PlannedTensor, inputs: InputStats | None) -> TensorCurves:
+        place = (tensor.name, tensor.shard, self._n_done + 1, len(self._plan.compressed))
+        self._tell(TensorStarted(*place, self._done_bytes, self._total_bytes))
+        started = time.monotonic()
+        try:
+            W = read_weight(self._shards[tensor.shard], tensor).to(self._device)
+            curves = tensor_curves(W, tensor, self._plan.recipe, self._patterns[tensor.name], self._rank_step, inputs)
+        except MendError as err:
+            raise located(err, f"{tensor.name} in {tensor.shard}") from err
+        self._n_done += 1
+        self._done_bytes += tensor.dense_bytes
+        seconds = time.monotonic() - started
+        self._tell(CurvesDone(curves, self._n_done, place[3], self._done_bytes, self._total_bytes, seconds))
+        return curves
+
+
+def tensor_curves(
+    W: Tensor,
+    tensor: PlannedTensor,
+    recipe: Recipe,
+    patterns: tuple[Pattern, ...],
+    rank_step: int,
+    inputs: InputStats | None = None,
+) -> TensorCurves:
+    """The curves of one weight (d_out, d_in), with the masks and the metric that `compress` would take.
+
+    Raises
+    ------
+    UsageError, NonFiniteError : as `select` and `refine`; they do not name the tensor.
+    """
+    d_out, d_in = W.shape
+    dtype = compute_dtype(W.dtype)
+    refiner = recipe.refiner_for(d_out, d_in, tensor.name)
+    ranks = (0,) if isinstance(refiner, PruneOnly) else rank_grid(d_out, d_in, rank_step)
+    used, stats = (W, None) if inputs is None else treat_dead_columns(W, inputs, recipe.dead_columns)
+    with torch.no_grad():
+        metric = make_metric(recipe.metric_kind, stats, damping=recipe.damping, dtype=dtype, device=W.device)
+        curves = []
+        for pattern in patterns:
+            generator = tensor_generator(recipe.seed, tensor.name, W.device)
+            selection = select(used, recipe.criterion_object(), pattern, inputs=stats, generator=generator)
+            errors = error_curve(
+                used.to(dtype),
+                selection.mask,
+                refiner,
+                ranks,
+                metric=metric,
+                start=None if selection.S is None else selection.S.to(dtype),
+                pattern=pattern,
+                generator=generator,
+            )
+            curves.append(ErrorCurve(pattern, n_kept_total(pattern, d_out, d_in), errors))
+        energy = metric.norm(used.to(dtype)) ** 2
+    return TensorCurves(tensor.name, (d_out, d_in), energy, ranks, tuple(curves))

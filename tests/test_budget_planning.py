@@ -1,0 +1,386 @@
+"""Budgets: error curves against whole runs, plans under every target, recipes that compress takes, the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mendlm
+from mendlm import InputStats, Recipe, plan_budget, refine, select_mask
+from mendlm.budget_planning import OBJECTIVES, BudgetPlan, exact_glob
+from mendlm.budgets import factor_params
+from mendlm.cli import main
+from mendlm.config import Override
+from mendlm.curves import anchors, between, error_curve, rank_grid
+from mendlm.errors import CheckpointError, MissingDependencyError, UsageError
+from mendlm.execution.run import BlockStarted
+from mendlm.measuring import CurvesDone, ModelCurves
+from mendlm.metrics import Metric, make_metric
+from mendlm.patterns import NM, Pattern, Unstructured
+from mendlm.pipeline import compress, plan
+from mendlm.plotting import plot_budget
+from mendlm.recipe_files import load_recipe, recipe_text
+from mendlm.refiners import OATS, TLR, AbstractRefiner, AcceleratedTLR, PruneOnly, ZeroShotSVD
+from strategies import stats_for
+
+HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+HALF = Recipe(pattern={"sparsity": 0.5}, rank=4)
+FACTORS = 0.12  # of the dense bytes: about rank 4 in the tiny model
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("It was the best of times, it was the worst of times. " * 40)
+    return path
+
+
+def weight(d_out: int = 96, d_in: int = 128) -> torch.Tensor:
+    """Noise on a spectrum that falls."""
+    generator = torch.Generator().manual_seed(7)
+    left, right = (torch.randn(n, 16, generator=generator) for n in (d_out, d_in))
+    low_rank = left * (0.7 ** torch.arange(16)) @ right.T
+    return low_rank + 2.0 * torch.randn(d_out, d_in, generator=generator)
+
+
+def curve_of(refiner: AbstractRefiner, ranks: tuple[int, ...], metric: Metric, pattern: Pattern) -> tuple[float, ...]:
+    W = weight()
+    mask = select_mask(W, "magnitude", pattern)
+    generator = torch.Generator().manual_seed(0)
+    return error_curve(W, mask, refiner, ranks, metric=metric, start=None, pattern=pattern, generator=generator)
+
+
+def run_to_the_end(refiner: AbstractRefiner, metric: Metric, pattern: Pattern) -> float:
+    W = weight()
+    mask = select_mask(W, "magnitude", pattern)
+    out = refine(W, mask, refiner, metric=metric, pattern=pattern)
+    return metric.norm(W - out.S - out.B @ out.A) ** 2
+
+
+def test_grids_of_ranks() -> None:
+    assert rank_grid(64, 64, 4) == (0, 4, 8, 12, 16)  # 16 * 128 = 64 * 64 / 2
+    assert rank_grid(64, 192, 8) == (0, 8, 16, 24)
+    assert rank_grid(2, 2, 4) == (0,)
+    assert anchors(72) == (0, 8, 16, 32, 64, 72)
+    assert anchors(8) == (0, 8)
+    assert anchors(0) == (0,)
+    with pytest.raises(UsageError, match="rank_step must be at least 1, got 0"):
+        rank_grid(8, 8, 0)
+
+
+def test_a_curve_goes_through_what_was_measured() -> None:
+    assert between([8.0, 4.0, 2.0, 1.0, 0.5], [0, 2, 4], [8.0, 1.0, 0.25]) == pytest.approx(
+        [8, 2.8284271, 1, 0.5, 0.25]
+    )
+    assert between([4.0, 0.0, 0.0], [0, 2], [4.0, 0.0]) == (4.0, 0.0, 0.0)
+
+
+@given(
+    tail=st.lists(st.floats(0, 1e3), min_size=3, max_size=9),
+    levels=st.lists(st.floats(0.1, 1.0), min_size=3, max_size=3),
+)
+def test_curves_never_rise(tail: list[float], levels: list[float]) -> None:
+    tail.sort(reverse=True)
+    places = [0, len(tail) // 2, len(tail) - 1]
+    measured = [tail[place] * level for place, level in zip(places, levels, strict=True)]
+    curve = between(tail, places, measured)
+    assert len(curve) == len(tail)
+    assert all(a >= b for a, b in itertools.pairwise(curve))
+
+
+@pytest.mark.parametrize("kind", ["plain", "diagonal", "gram"])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+def test_curves_are_near_what_a_whole_run_leaves(kind: str, pattern: Pattern) -> None:
+    inputs: InputStats | None = None if kind == "plain" else stats_for(128)
+    metric = make_metric(kind, inputs, damping=0.01, dtype=torch.float32, device=torch.device("cpu"))
+    ranks = (0, 4, 8)
+    curve = curve_of(TLR(rank=4), ranks, metric, pattern)
+    full = [run_to_the_end(AcceleratedTLR(rank=rank), metric, pattern) for rank in ranks]
+    assert curve[0] == pytest.approx(full[0], rel=0.02)
+    # A few steps leave more than a whole run, most where the rank is a large share of the sides.
+    for found, want in zip(curve, full, strict=True):
+        assert 0.99 * want <= found <= 1.5 * want
+    # The singular values of what pruning removed say less, because S is fitted again.
+    W = weight()
+    lost = metric.whiten(metric.scaled(W * ~select_mask(W, "magnitude", pattern)))
+    tail = float(torch.linalg.svdvals(lost)[8:].square().sum())
+    assert tail > curve[-1]
+
+
+@pytest.mark.parametrize("refiner", [ZeroShotSVD(rank=4, refit=False), ZeroShotSVD(rank=4), OATS(rank=4, n_iter=5)])
+def test_other_refiners_run_as_they_are(refiner: AbstractRefiner) -> None:
+    ranks = (0, 4, 8)
+    curve = curve_of(refiner, ranks, Metric(), Unstructured(0.5))
+    for rank in (0, 8):
+        kind: Any = type(refiner)
+        options = {"refit": refiner.refit} if isinstance(refiner, ZeroShotSVD) else {"n_iter": 5}
+        want = run_to_the_end(kind(rank=rank, **options), Metric(), Unstructured(0.5))
+        assert curve[ranks.index(rank)] == pytest.approx(want, rel=1e-4)
+
+
+def test_only_pruned() -> None:
+    curve = curve_of(PruneOnly(), (0,), Metric(), NM(2, 4))
+    assert curve == pytest.approx((run_to_the_end(PruneOnly(), Metric(), NM(2, 4)),), rel=1e-5)
+
+
+def factor_bytes(budget: BudgetPlan) -> int:
+    return sum(4 * factor_params(*tensor.shape, tensor.rank) for tensor in budget.tensors)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_ranks_under_a_budget(tiny_llama: Path, objective: Any) -> None:
+    budget = plan_budget(tiny_llama, HALF, target_rank_bytes=FACTORS, objective=objective)
+    dense = sum(tensor.dense_bytes for tensor in budget.tensors)
+    assert factor_bytes(budget) <= FACTORS * dense
+    assert budget.rank_ratio == factor_bytes(budget) / dense
+    assert {tensor.pattern for tensor in budget.tensors} == {Unstructured(0.5)}
+    assert {tensor.rank for tensor in budget.tensors} > {0}
+    assert budget.uniform is not None
+    assert budget.uniform.pattern == Unstructured(0.5)
+    assert budget.error <= budget.uniform.error
+    assert [t.rank for t in budget.plan.compressed] == [t.rank for t in budget.tensors]
+    assert [t.stored_bytes for t in budget.plan.compressed] == [t.stored_bytes for t in budget.tensors]
+
+
+def test_the_total_error_is_what_the_objective_says(tiny_llama: Path) -> None:
+    budgets = {o: plan_budget(tiny_llama, HALF, target_rank_bytes=FACTORS, objective=o) for o in OBJECTIVES}
+    sizes = [math.prod(t.shape) for t in budgets["relative"].tensors]
+    energies = [budgets["relative"].curves.tensors[t.name].energy for t in budgets["relative"].tensors]
+    weights = {"relative": [1.0] * len(sizes), "parameters": sizes, "absolute": energies}
+    for objective, w in weights.items():
+        squares = [t.rel_error**2 for t in budgets[objective].tensors]  # type: ignore[index]
+        want = math.sqrt(sum(a * b for a, b in zip(w, squares, strict=True)) / sum(w))
+        assert budgets[objective].error == pytest.approx(want)  # type: ignore[index]
+
+
+def test_whole_checkpoint_under_a_budget(tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "curves.json"
+    found = []
+    for share in (0.55, 0.6, 0.7, 0.8):
+        budget = plan_budget(tiny_llama, HALF, target_bytes=share, curves=file, sparsities=(0.3, 0.6, 0.9))
+        assert budget.plan.totals.ratio <= share
+        assert budget.uniform is None or budget.error <= budget.uniform.error
+        found.append(budget)
+    errors = [budget.error for budget in found]
+    assert errors == sorted(errors, reverse=True)
+    assert len({tensor.pattern for budget in found for tensor in budget.tensors}) > 2
+
+
+def test_fewest_bytes_for_an_error(tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "curves.json"
+    loose = plan_budget(tiny_llama, HALF, target_error=0.3, curves=file)
+    tight = plan_budget(tiny_llama, HALF, target_error=0.2, curves=file)
+    assert loose.error <= 0.3
+    assert tight.error <= 0.2
+    assert loose.plan.totals.stored_bytes < tight.plan.totals.stored_bytes
+    assert tight.uniform is not None
+    assert tight.plan.totals.stored_bytes <= tight.uniform.stored_bytes
+
+
+def test_fixed_patterns_stay(tiny_llama: Path) -> None:
+    down = Override(match="*.down_proj.weight", pattern="2:4")
+    budget = plan_budget(tiny_llama, Recipe(rank=4, overrides=(down,)), target_bytes=0.68)
+    chosen = {t.projection: t.pattern for t in budget.tensors}
+    assert chosen["mlp.down_proj"] == NM(2, 4)
+    assert isinstance(chosen["mlp.up_proj"], Unstructured)
+    assert budget.recipe.overrides[0] == down
+
+
+def test_curves_are_read_back_and_belong_to_one_run(tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "curves.json"
+    events: list[Any] = []
+    first = plan_budget(tiny_llama, HALF, target_rank_bytes=FACTORS, curves=file, on_event=events.append)
+    assert sum(isinstance(event, CurvesDone) for event in events) == 14
+    assert events[-1].done_bytes == events[-1].total_bytes
+    again = plan_budget(tiny_llama, HALF, target_rank_bytes=FACTORS, curves=file, on_event=events.append)
+    assert sum(isinstance(event, CurvesDone) for event in events) == 14  # nothing was measured
+    assert again.recipe == first.recipe
+    assert ModelCurves.load(file) == first.curves
+
+    with pytest.raises(UsageError, match="another run: criterion was 'magnitude', now 'random'"):
+        plan_budget(tiny_llama, Recipe(criterion="random", rank=4), target_rank_bytes=FACTORS, curves=file)
+    with pytest.raises(UsageError, match="another run: rank_step was 4, now 2"):
+        plan_budget(tiny_llama, HALF, target_rank_bytes=FACTORS, curves=file, rank_step=2)
+    with pytest.raises(
+        UsageError, match=r"no curve of 'model.layers.0.mlp.down_proj.weight' at 0.3 tensor, and \d+ more"
+    ):
+        plan_budget(tiny_llama, HALF, target_bytes=0.7, curves=file)
+    other = plan_budget(tiny_llama, Recipe(rank=8), target_rank_bytes=FACTORS, curves=file)  # the rank is chosen anyway
+    assert [t.rank for t in other.tensors] == [t.rank for t in first.tensors]
+
+
+def test_curves_of_another_model_are_refused(tiny_llama: Path, make_tiny_llama: Any, tmp_path: Path) -> None:
+    file = tmp_path / "curves.json"
+    plan_budget(tiny_llama, HALF, target_rank_bytes=FACTORS, curves=file)
+    with pytest.raises(UsageError, match=r"another run: .*input 'config.json'.*'model.safetensors'.* changed"):
+        plan_budget(make_tiny_llama(seed=1), HALF, target_rank_bytes=FACTORS, curves=file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "curves of the format 'mendlm-curves-1'"),
+        ('{"format": "mendlm-curves-1", "fingerprint": {}}', "damaged: 'tensors'"),
+        ('{"format": "mendlm-curves-1", "fingerprint": {}, "tensors": [{"name": "x"}]}', "damaged: 'shape'"),
+    ],
+)
+def test_damaged_curves(content: str, message: str, tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "curves.json"
+    file.write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        plan_budget(tiny_llama, HALF, target_rank_bytes=FACTORS, curves=file)
+
+
+def test_the_recipe_compresses_to_the_planned_bytes_and_errors(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = Recipe(refiner="accelerated-tlr", rank=4, dtype="bfloat16")
+    budget = plan_budget(tiny_llama, recipe, target_bytes=0.4)
+    file = tmp_path / "budget.yaml"
+    file.write_text(recipe_text(budget.recipe, "made by a test"))
+    assert load_recipe(file) == budget.recipe
+    result = compress(tiny_llama, tmp_path / "out", load_recipe(file))
+    assert result.totals == budget.plan.totals
+    assert result.totals.ratio <= 0.4
+    for record, planned in zip(result.records, budget.tensors, strict=True):
+        assert record.rank == planned.rank
+        assert record.rel_error == pytest.approx(planned.rel_error, rel=0.15)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_calibrated_plans(criterion: str, tiny_llama: Path, text_file: Path) -> None:
+    calibration = {"source": str(text_file), "n_sequences": 4, "seqlen": 64}
+    recipe = Recipe(criterion=criterion, pattern="2:4", rank=4, calibration=calibration)
+    events: list[Any] = []
+    budget = plan_budget(tiny_llama, recipe, target_rank_bytes=FACTORS, on_event=events.append)
+    assert [(e.index, e.phase) for e in events if isinstance(e, BlockStarted)] == [(1, "survey"), (2, "survey")]
+    assert budget.uniform is not None
+    assert 0 < budget.error <= budget.uniform.error
+    assert budget == plan_budget_again(tiny_llama, recipe, budget)
+
+
+def plan_budget_again(model: Path, recipe: Recipe, budget: BudgetPlan) -> BudgetPlan:
+    """The same once more, with the wall time of the first."""
+    again = plan_budget(model, recipe, target_rank_bytes=FACTORS)
+    return dataclasses.replace(again, seconds=budget.seconds)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "exactly one of target_bytes, target_rank_bytes and target_error, got none"),
+        ({"target_bytes": 0.6, "target_error": 0.1}, "got target_bytes, target_error"),
+        ({"target_bytes": 0.0}, "target_bytes must be a positive number, got 0.0"),
+        ({"target_rank_bytes": math.nan}, "target_rank_bytes must be a positive number, got nan"),
+        ({"target_bytes": 0.1}, r"target_bytes 0\.1 cannot be met: .* allow is 0\.39"),
+        ({"target_error": 0.001}, r"target_error 0\.001 cannot be met: the smallest error .* is 0\.\d+"),
+        ({"target_bytes": 0.6, "objective": "best"}, "objective must be one of relative|absolute"),
+        ({"target_bytes": 0.6, "sparsities": (0.5, 1.0)}, r"sparsities must be in \[0, 1\), got 1\.0"),
+        ({"target_rank_bytes": 0.1, "sparsities": (0.5,)}, "leaves the patterns as they are"),
+        ({"target_bytes": 0.6, "rank_step": 0}, "rank_step must be at least 1, got 0"),
+    ],
+)
+def test_wrong_targets(changes: dict[str, Any], message: str, tiny_llama: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan_budget(tiny_llama, HALF, **changes)
+
+
+def test_nothing_to_choose(tiny_llama: Path, text_file: Path) -> None:
+    with pytest.raises(UsageError, match="leaves nothing to choose: refiner 'none' has no ranks"):
+        plan_budget(tiny_llama, Recipe(refiner="none", pattern="2:4"), target_bytes=0.7)
+    calibration = {"source": str(text_file), "n_sequences": 2, "seqlen": 64}
+    with pytest.raises(UsageError, match="layer_sparsity 'owl' chooses sparsities itself"):
+        plan_budget(tiny_llama, Recipe(layer_sparsity="owl", calibration=calibration), target_bytes=0.7)
+
+
+def test_sparsities_alone(tiny_llama: Path) -> None:
+    budget = plan_budget(tiny_llama, Recipe(refiner="none"), target_bytes=0.65)
+    assert budget.plan.totals.ratio <= 0.65
+    assert {tensor.rank for tensor in budget.tensors} == {0}
+    assert all(override.rank is None for override in budget.recipe.overrides)
+
+
+def test_no_factors_at_all(tiny_llama: Path) -> None:
+    budget = plan_budget(tiny_llama, HALF, target_rank_bytes=0.0)
+    assert {tensor.rank for tensor in budget.tensors} == {0}
+    assert budget.plan.totals == plan(tiny_llama, Recipe(rank=0)).totals
+
+
+def test_globs_that_match_one_name() -> None:
+    name = "a[0].*b?"
+    override = Override(match=exact_glob(name), rank=7)
+    recipe = Recipe(rank=1, overrides=(override,))
+    assert recipe.rank_for(name) == 7
+    assert recipe.rank_for("a0.xbc") == 1
+
+
+@pytest.mark.parametrize("name", ["tlr-50", "oats-50", "sparsegpt-2-4", "owl-wanda-70", "self-calibrated-wanda-tlr-50"])
+def test_recipes_as_text_read_back(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe_text(recipe))
+    assert Recipe.from_file(file) == recipe
+
+
+def test_the_command(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, curves = tmp_path / "budget.yaml", tmp_path / "curves.json"
+    arguments = ["plan", str(tiny_llama), "--target-bytes", "0.7", "--curves", str(curves)]
+    assert main([*arguments, "-o", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert "layer  down_proj  gate_proj  up_proj  k_proj  o_proj  q_proj  v_proj" in shown
+    assert "sparsity (or n:m) and rank by layer and projection" in shown
+    assert f"recipe   {output}" in shown
+    assert (
+        main(["compress", str(tiny_llama), str(tmp_path / "out"), "--recipe", str(output), "--dry-run", "--json"]) == 0
+    )
+    assert json.loads(capsys.readouterr().out)["totals"]["ratio"] <= 0.7
+
+    assert main([*arguments, "-o", str(output)]) == 2
+    assert "exists. Pass --overwrite" in capsys.readouterr().err
+    as_json = tmp_path / "budget.json"
+    assert main([*arguments, "-o", str(as_json), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["target"] == "target_bytes"
+    assert len(document["tensors"]) == 14
+    assert Recipe.from_file(as_json).to_dict() == document["recipe"] == load_recipe(output).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--sparsities", "half"], "--sparsities must be numbers such as 0.4,0.5,0.6, got 'half'"),
+        (["-o", "/nowhere/at/all.yaml"], "is in a folder that does not exist"),
+        (["-o", "budget.txt"], "--output must be a .yaml, .yml or .json file"),
+        (["--plot", "budget.gif"], "a plot is a .png, .svg or .pdf file"),
+        (["--criterion", "wanda"], "criterion 'wanda' weighs the inputs"),
+    ],
+)
+def test_wrong_use(more: list[str], message: str, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(tiny_llama), "--target-bytes", "0.7", *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_plot(tiny_llama: Path, tmp_path: Path) -> None:
+    budget = plan_budget(tiny_llama, HALF, target_bytes=0.7)
+    if not HAS_MATPLOTLIB:
+        with pytest.raises(MissingDependencyError, match=r"pip install 'mendlm\[plot\]'"):
+            plot_budget(budget, tmp_path / "budget.svg")
+        return
+    for name in ("one.svg", "two.svg", "one.png"):
+        plot_budget(budget, tmp_path / name)
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_public_names() -> None:
+    assert mendlm.plan_budget is plan_budget
+    assert mendlm.BudgetPlan is BudgetPlan
