@@ -274,6 +274,9 @@ SETTINGS: dict[str, tuple[str, Pattern, str, str, int | str, int | None, str | N
     "eora-2-4": ("sparsegpt", NM(2, 4), "gram", "eora", 128, None, "c4"),
     "slim-lora-50": ("wanda", HALF, "diagonal", "slim-lora", "10%", None, "c4"),
     "slim-lora-2-4": ("wanda", NM(2, 4), "diagonal", "slim-lora", "10%", None, "c4"),
+    "fast": ("magnitude", HALF_BY_TENSOR, "plain", "tlr", "5%", 50, None),
+    "balanced": ("sparsegpt", HALF_BY_TENSOR, "gram", "accelerated-tlr", "5%", 20, "c4"),
+    "best": ("magnitude", HALF_BY_TENSOR, "gram", "joint-admm", "5%", None, "c4"),
     "dsnot-50": ("dsnot", HALF, "plain", "none", 0, None, "c4"),
     "dsnot-2-4": ("dsnot", NM(2, 4), "plain", "none", 0, None, "c4"),
 }
