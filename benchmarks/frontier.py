@@ -169,7 +169,8 @@ def draw(store: Cells) -> None:
         axis.set_title(title)
         axis.axhline(store.done[("dense", "", "")]["ppl"], color="#6f6f6f", linewidth=0.8)
     axes[0].set_ylabel("perplexity")
-    axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    known = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[1].legend(known.values(), known.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.tight_layout()
     figure.savefig(PICTURE, metadata={"Date": None})
 
