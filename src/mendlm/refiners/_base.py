@@ -46,6 +46,11 @@ class Problem:
         """``W - S`` with S as the criterion left it, (d_out, d_in), in scaled columns."""
         return self.W * ~self.mask if self.start is None else self.W - self.start
 
+    @property
+    def no_factors(self) -> tuple[Tensor, Tensor]:
+        """Factors (d_out, 0) and (0, d_in): no low-rank part."""
+        return self.W.new_zeros(self.W.shape[0], 0), self.W.new_zeros(0, self.W.shape[1])
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -118,6 +123,23 @@ class AbstractRefiner(ABC):
     def final_mask(self, problem: Problem, state: Any) -> Tensor:
         """The mask of the final S, bool; another one than `problem.mask` only for a refiner that moves it."""
         return problem.mask
+
+
+class OneStepRefiner(AbstractRefiner):
+    """A closed form: `step` is the whole method, and its state are the factors."""
+
+    @property
+    def max_steps(self) -> int:
+        """One."""
+        return 1
+
+    def init(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """No factors."""
+        return problem.no_factors
+
+    def finish(self, problem: Problem, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The factors found."""
+        return state
 
 
 def gram_of(problem: Problem, refiner: str) -> GramMetric:

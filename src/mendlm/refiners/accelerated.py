@@ -132,8 +132,7 @@ class AcceleratedTLR(AbstractRefiner):
         if isinstance(state, GramAlternation):
             return state.factors(self.rank)
         if state.best is None:
-            W = problem.W
-            return W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1])
+            return problem.no_factors
         return balance(state.best.left, state.best.right)
 
     def final_S(self, problem: Problem, state: _State | GramAlternation) -> Tensor | None:

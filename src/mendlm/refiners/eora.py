@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mendlm.linalg import truncate_svd
 from mendlm.metrics import GramMetric, MetricName
-from mendlm.refiners._base import AbstractRefiner, Problem, Progress, gram_of
+from mendlm.refiners._base import OneStepRefiner, Problem, Progress, gram_of
 
 
 @dataclass(frozen=True)
-class EoRA(AbstractRefiner):
+class EoRA(OneStepRefiner):
     """The rank-k compensation of ``E = W - S`` with the least error of the outputs, in closed form; S stays.
 
     With the eigendecomposition ``G = Q diag(values) Q.T`` of the Gram matrix of the inputs
@@ -48,19 +48,9 @@ class EoRA(AbstractRefiner):
     rank: int
 
     @property
-    def max_steps(self) -> int:
-        """One."""
-        return 1
-
-    @property
     def refits_S(self) -> bool:
         """No: S is the criterion's."""
         return False
-
-    def init(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """Empty factors."""
-        W = problem.W
-        return W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1])
 
     def step(self, problem: Problem, state: tuple[Tensor, Tensor], t: int) -> tuple[tuple[Tensor, Tensor], Progress]:
         """The whole method."""
@@ -74,10 +64,6 @@ class EoRA(AbstractRefiner):
         total = float(projected.square().sum())
         energy = float(sigma.square().sum()) / total if total > 0 else 1.0
         return (left, right), Progress(self.rank, objective, energy)
-
-    def finish(self, problem: Problem, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The factors found."""
-        return state
 
 
 def _eigenspace(metric: GramMetric) -> tuple[Tensor, Tensor]:

@@ -129,7 +129,7 @@ class HassleFree(AbstractRefiner):
         """The best L for the best S."""
         W = problem.W
         if self.rank == 0 or state.best is None:
-            return W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1])
+            return problem.no_factors
         error = W - state.best[1]
         fitted = state.solver.final(error, self.rank, error @ state.metric.parts()[0])
         return balance(fitted.left, fitted.right)

@@ -208,9 +208,8 @@ class JointADMM(AbstractRefiner):
 
     def finish(self, problem: Problem, state: _State) -> tuple[Tensor, Tensor]:
         """The best L for the last S."""
-        W = problem.W
         if state.alternation is None or self.rank == 0:
-            return W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1])
+            return problem.no_factors
         return state.alternation.factors(self.rank)
 
     def final_S(self, problem: Problem, state: _State) -> Tensor | None:

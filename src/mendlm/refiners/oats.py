@@ -96,8 +96,7 @@ class OATS(AbstractRefiner):
     def finish(self, problem: Problem, state: _State) -> tuple[Tensor, Tensor]:
         """The factors of the last iteration, which the last mask was chosen for."""
         if state.fitted is None:
-            W = problem.W
-            return W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1])
+            return problem.no_factors
         return balance(state.fitted.left, state.fitted.right)
 
     def final_mask(self, problem: Problem, state: _State) -> Tensor:

@@ -94,7 +94,7 @@ class PCP(AbstractRefiner):
         lam = self._lam(W)
         # With lam = 0 no multiplier but zero is feasible.
         Y = W / max(spectral, float(W.abs().max()) / lam) if lam > 0 else torch.zeros_like(W)
-        empty = W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1])
+        empty = problem.no_factors
         return _State(Completion(problem), torch.zeros_like(W), Y, 1.25 / spectral, *empty)
 
     def step(self, problem: Problem, state: _State, t: int) -> tuple[_State, Progress]:

@@ -11,11 +11,11 @@ from torch import Tensor
 from mendlm.errors import UsageError
 from mendlm.linalg import truncate_svd
 from mendlm.metrics import MetricName
-from mendlm.refiners._base import AbstractRefiner, Problem, Progress
+from mendlm.refiners._base import OneStepRefiner, Problem, Progress
 
 
 @dataclass(frozen=True)
-class SLiMLoRA(AbstractRefiner):
+class SLiMLoRA(OneStepRefiner):
     """The rank-k compensation of ``E = W - S`` with the least error of the salience, in closed form.
 
     The salience of a matrix M is ``F(M) = M diag(x)``, x the mean sizes of the inputs, shifted so that none is zero. F
@@ -55,19 +55,9 @@ class SLiMLoRA(AbstractRefiner):
     refit: bool = False
 
     @property
-    def max_steps(self) -> int:
-        """One."""
-        return 1
-
-    @property
     def refits_S(self) -> bool:
         """As asked for."""
         return self.refit
-
-    def init(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """Empty factors."""
-        W = problem.W
-        return W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1])
 
     def step(self, problem: Problem, state: tuple[Tensor, Tensor], t: int) -> tuple[tuple[Tensor, Tensor], Progress]:
         """The whole method."""
@@ -81,10 +71,6 @@ class SLiMLoRA(AbstractRefiner):
         total = float(weighed.square().sum())
         energy = float(sigma.square().sum()) / total if total > 0 else 1.0
         return (left, right), Progress(self.rank, objective, energy)
-
-    def finish(self, problem: Problem, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The factors found."""
-        return state
 
 
 def _shifted_sizes(problem: Problem) -> Tensor:

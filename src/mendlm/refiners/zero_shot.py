@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mendlm.linalg import FullSVD, balance, truncate_svd
 from mendlm.metrics import GramMetric, MetricName
-from mendlm.refiners._base import AbstractRefiner, Problem, Progress
+from mendlm.refiners._base import AbstractRefiner, OneStepRefiner, Problem, Progress
 
 
 @dataclass(frozen=True)
-class ZeroShotSVD(AbstractRefiner):
+class ZeroShotSVD(OneStepRefiner):
     """``L`` = best rank-k approximation, in the metric, of what pruning took away, ``W - S``.
 
     S is ``mask * W``, or what a criterion that updates weights (SparseGPT) made of it. In the Gram metric with
@@ -42,19 +42,9 @@ class ZeroShotSVD(AbstractRefiner):
     refit: bool = True
 
     @property
-    def max_steps(self) -> int:
-        """One."""
-        return 1
-
-    @property
     def refits_S(self) -> bool:
         """As asked for."""
         return self.refit
-
-    def init(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """Empty factors."""
-        W = problem.W
-        return W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1])
 
     def step(self, problem: Problem, state: tuple[Tensor, Tensor], t: int) -> tuple[tuple[Tensor, Tensor], Progress]:
         """The whole method."""
@@ -72,10 +62,6 @@ class ZeroShotSVD(AbstractRefiner):
         total = float(lost.square().sum())
         energy = float(sigma.square().sum()) / total if total > 0 else 1.0
         return (left, right), Progress(self.rank, objective, energy)
-
-    def finish(self, problem: Problem, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The factors found."""
-        return state
 
 
 @dataclass(frozen=True)
@@ -103,5 +89,4 @@ class PruneOnly(AbstractRefiner):
 
     def finish(self, problem: Problem, state: None) -> tuple[Tensor, Tensor]:
         """Empty factors."""
-        W = problem.W
-        return W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1])
+        return problem.no_factors
