@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import os
@@ -134,6 +135,32 @@ class Cells:
             "rows": list(self.done.values()),
         }
         self.results.write_text(json.dumps(document, indent=1) + "\n")
+
+    def from_command_line(self, description: str, cells: list[Key], choices: list[list[str]], n_jobs: int) -> bool:
+        """Measure the `cells` that the command line asks for, and write the results; False if it only lists them.
+
+        `choices` are the values of each field of a key, in the order of the fields; ("dense", "", "") always counts.
+        `n_jobs` is the default of ``--jobs``.
+        """
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        flags = [field[:-1] + "ies" if field.endswith("y") else f"{field}s" for field in self._fields]
+        for flag, values in zip(flags, choices, strict=True):
+            parser.add_argument(f"--{flag}", nargs="+", choices=values, default=values)
+        parser.add_argument("--minutes", type=float, default=55.0, help="start no new cell after this")
+        parser.add_argument("--jobs", type=int, default=n_jobs, help="cells at a time, on one thread each if several")
+        parser.add_argument("--list", action="store_true", help="show what is done and what is not, and stop")
+        options = vars(parser.parse_args())
+        chosen = [options[flag] for flag in flags]
+        wanted = [
+            c for c in cells if c[0] == "dense" or all(part in some for part, some in zip(c, chosen, strict=True))
+        ]
+        if options["list"]:
+            missing = [key for key in wanted if key not in self.done]
+            print(f"{len(self.done)} cells done, {len(missing)} missing: {missing}")
+            return False
+        self.go_on(wanted, options["minutes"], options["jobs"])
+        self.write(description.split("Protocol: ")[1])
+        return True
 
 
 def replace_block(page: Path, marker: str, text: str) -> None:

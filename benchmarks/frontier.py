@@ -15,7 +15,6 @@ row). Seconds are of `mendlm compress` on one thread of a busy machine.
 
 from __future__ import annotations
 
-import argparse
 import math
 
 from _cells import Cells, Key, calibration_text, replace_block, table
@@ -176,23 +175,9 @@ def draw(store: Cells) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=list(PATTERNS))
-    parser.add_argument("--ranks", nargs="+", choices=list(RANKS), default=list(RANKS))
-    parser.add_argument("--minutes", type=float, default=55.0, help="start no new cell after this")
-    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, each on one thread if more than one")
-    parser.add_argument("--list", action="store_true", help="show what is done and what is not, and stop")
-    options = parser.parse_args()
-    chosen = (options.methods, options.patterns, options.ranks)
-    wanted = [c for c in cells() if c[0] == "dense" or all(part in some for part, some in zip(c, chosen, strict=True))]
     store = Cells("frontier", ("method", "pattern", "rank"), flags_of)
-    if options.list:
-        missing = [key for key in wanted if key not in store.done]
-        print(f"{len(store.done)} cells done, {len(missing)} missing: {missing}")
+    if not store.from_command_line(__doc__ or "", cells(), [list(METHODS), list(PATTERNS), list(RANKS)], n_jobs=2):
         return
-    store.go_on(wanted, options.minutes, options.jobs)
-    store.write((__doc__ or "").split("Protocol: ")[1])
     text = "\n\n".join(part for part in (markdown(store), excess(store)) if part)
     replace_block(PAGE, "frontier", text)
     print(f"\n{text}")

@@ -14,7 +14,6 @@ Unless a column says "sequential", every block is calibrated on the activations 
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from _cells import Cells, Key, calibration_text, replace_block, table
@@ -119,28 +118,15 @@ def markdown(results: dict[Key, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--masks", nargs="+", choices=list(MASKS), default=list(MASKS))
-    parser.add_argument("--sparsities", nargs="+", choices=list(SPARSITIES), default=list(SPARSITIES))
-    parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), default=list(COLUMNS))
-    parser.add_argument("--minutes", type=float, default=55.0, help="start no new cell after this")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, each on one thread if more than one")
-    parser.add_argument("--list", action="store_true", help="show what is done and what is not, and stop")
-    options = parser.parse_args()
-    chosen = (options.masks, options.sparsities, options.columns)
-    wanted = [c for c in cells() if c[0] == "dense" or all(part in some for part, some in zip(c, chosen, strict=True))]
     store = Cells("quality", ("mask", "sparsity", "column"), flags_of)
-    if options.list:
-        print(f"{len(store.done)} cells done, missing: {[key for key in wanted if key not in store.done]}")
+    if not store.from_command_line(__doc__ or "", cells(), [list(MASKS), list(SPARSITIES), list(COLUMNS)], n_jobs=1):
         return
-    store.go_on(wanted, options.minutes, options.jobs)
     rest = {key: row for key, row in store.done.items() if key[0] != "dense"}
     text = markdown(rest)
     if dense := store.done.get(("dense", "", "")):
         text = f"Dense: {dense['ppl']:.2f}.\n\n{text}"
         replace_block(PAGE, "quality", text)
     print(f"\n{text}")
-    store.write((__doc__ or "").split("Protocol: ")[1])
 
 
 if __name__ == "__main__":
