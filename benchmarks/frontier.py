@@ -140,7 +140,7 @@ def excess(store: Cells) -> str:
             share = 1 - math.log(found[ours] / dense) / base
             lines.append(
                 f"- {pattern}, rank 16: `{ours}` {found[ours]:.2f} against {rivals[rival]:.2f} of {rival}: "
-                f"{100 * share:.0f} % less log-perplexity above dense."
+                f"{100 * abs(share):.0f} % {'less' if share >= 0 else 'more'} log-perplexity above dense."
             )
     return "\n".join(lines)
 
