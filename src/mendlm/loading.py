@@ -40,19 +40,30 @@ def load(
         folder.
     CheckpointError : the folder is damaged: a tensor is missing, has another shape, or its bitmask is inconsistent.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UsageError(f"{str(path)!r} is no folder. Download the model first and give the folder that holds it.")
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"{str(path)!r} holds no config.json: it is not a transformers checkpoint.")
-    quantization = read_json_object(folder / "config.json").get("quantization_config")
-    compressed = isinstance(quantization, dict) and quantization.get("quant_method") == "mendlm"
+    folder, compressed = Path(path), is_compressed(path)
     resolve_runtime(runtime)
     where = None if device is None else resolve_device(str(device))
     if not compressed and runtime != "auto":
         raise UsageError(f"{str(path)!r} is not compressed by mendlm, so there is no runtime {runtime!r} to choose.")
     model = _from_pretrained(folder, runtime if compressed else None, dtype)
     return model if where is None else model.to(where)
+
+
+def is_compressed(path: str | Path) -> bool:
+    """Whether mendlm wrote the checkpoint in a folder, by its config.json.
+
+    Raises
+    ------
+    UsageError : no such folder, or no config.json in it.
+    CheckpointError : config.json cannot be read.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UsageError(f"{str(path)!r} is no folder. Download the model first and give the folder that holds it.")
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{str(path)!r} holds no config.json: it is not a transformers checkpoint.")
+    quantization = read_json_object(folder / "config.json").get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "mendlm"
 
 
 def _from_pretrained(folder: Path, runtime: str | None, dtype: torch.dtype | None) -> Any:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ import safetensors
 import torch
 
 import mendlm
+from mendlm._memory import peak_memory_bytes
 from mendlm.checkpoints.finish import hash_files, input_files, make_config, make_index, side_files, to_json
 from mendlm.checkpoints.plan import shard_layout
 from mendlm.checkpoints.reader import CONFIG_FILE, INDEX_FILE, Checkpoint, open_checkpoint
@@ -373,22 +372,11 @@ def _run_facts(run: Run, seconds: float) -> dict[str, Any]:
         "resumed": run.n_resumed,
         "device": str(run.device),
         "n_threads": torch.get_num_threads(),
-        "peak_memory_bytes": _peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(),
         "peak_device_bytes": torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None,
         "inputs": run.staging.journal.fingerprint["inputs"],
         "tensor_seconds": run.seconds(),
     }
-
-
-def _peak_memory_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    try:
-        # Not ru_maxrss where there is another way: Linux hands it on to the programs a process starts.
-        status = Path("/proc/self/status").read_text()
-        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _abandon(run: Run, err: BaseException) -> None:

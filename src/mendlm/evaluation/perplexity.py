@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mendlm._inference import dtype_of, inference_dtype, open_model, vocab_size
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.evaluation._logits import device_of, eval_mode, logits_reader, text_config, window_nll
 from mendlm.evaluation.text import bundled_text, join_rows, load_dataset_rows, load_tokenizer, read_text, tokenize
-from mendlm.names import lookup
 
 DEFAULT_SEQLEN = 2048
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGITS_BYTES = 64 * 2**20  # size of one float32 chunk of logits when `logits_chunk` is not given
 
 Progress = Callable[[int, int, float], None]
@@ -100,7 +99,7 @@ def perplexity(
     `protocol["logits"]` says which. Logits are read in float32, the sum is kept in float64.
     """
     seqlen = _checked_seqlen(model, seqlen)
-    vocab = _vocab_size(model)
+    vocab = vocab_size(model)
     stream = _checked_ids(token_ids, vocab)
     windows = _cut(stream, seqlen, n_windows)
     chunk = _checked_chunk(logits_chunk, vocab)
@@ -173,13 +172,13 @@ def evaluate(
         raise UsageError(f"got both --text {str(text)!r} and --dataset {dataset!r}. Give one of them.")
     if not Path(model).is_dir():
         raise UsageError(f"{str(model)!r} is no folder. Download the model first and give the folder that holds it.")
-    compute = _compute_dtype(dtype, device)
+    compute = inference_dtype(dtype, device)
     # The text before the model: a wrong path should not wait for a model to load.
     rows = load_dataset_rows(dataset) if dataset is not None else read_text(bundled_text() if text is None else text)
     joined = join_rows(rows)
     tokenizer = load_tokenizer(model)
     ids = tokenize(tokenizer, joined)
-    loaded = _load_model(model, device, compute, runtime)
+    loaded = open_model(model, device=device, dtype=compute, runtime=runtime)
     result = perplexity(loaded, ids, seqlen=seqlen, n_windows=n_windows, progress=progress)
     source = f"dataset {dataset}" if dataset is not None else "bundled alice.txt" if text is None else Path(text).name
     about = {
@@ -191,21 +190,6 @@ def evaluate(
         "tokenizer": type(tokenizer).__name__,
     }
     return replace(result, protocol=about | result.protocol)
-
-
-def _compute_dtype(dtype: str | torch.dtype | None, device: str | torch.device | None) -> torch.dtype | None:
-    if isinstance(dtype, str):
-        return lookup(DTYPES, dtype, "dtype")
-    if dtype is None and str(device or "cpu").startswith("cpu"):
-        return torch.float32
-    return dtype
-
-
-def _load_model(model: str | Path, device: Any, dtype: torch.dtype | None, runtime: str | None) -> Any:
-    from mendlm.loading import load
-
-    chosen = {"device": device, "dtype": dtype, "runtime": runtime}
-    return load(model, **{name: value for name, value in chosen.items() if value is not None})
 
 
 def _exp(nll: float) -> float:
@@ -227,10 +211,6 @@ def _checked_seqlen(model: Any, seqlen: int | None) -> int:
             f"Use --seqlen {longest} or less."
         )
     return seqlen
-
-
-def _vocab_size(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _checked_chunk(logits_chunk: int | None, vocab: int) -> int:
@@ -293,7 +273,7 @@ def _protocol(model: Any, n_given: int, seqlen: int, logits: str) -> dict[str, A
         "seqlen": seqlen,
         "n_tokens_given": n_given,
         "n_windows_given": n_given // seqlen,
-        "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        "dtype": dtype_of(model),
         "device": str(device_of(model)),
         "logits": logits,
     }
