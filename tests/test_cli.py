@@ -358,7 +358,7 @@ def test_wrong_use_is_one_sentence(case: str, broken: Path, capsys: pytest.Captu
     assert re.search(sentence, shown.err), shown.err
 
 
-@pytest.mark.parametrize("name", ["compress", "plan", "eval", "inspect", "import", "recipes"])
+@pytest.mark.parametrize("name", sorted(build_command().commands))
 def test_help_has_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     shown = capsys.readouterr()
@@ -603,7 +603,8 @@ def test_flags_that_exclude_each_other(tmp_path: Path) -> None:
 
 def test_every_flag_is_documented() -> None:
     text = (Path(__file__).resolve().parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
-    shared, *sections = re.split(r"^## (?=compress|plan|eval|inspect|import|recipes)", text, flags=re.MULTILINE)
+    names = "|".join(build_command().commands)
+    shared, *sections = re.split(rf"^## (?=(?:{names})$)", text, flags=re.MULTILINE)
     pages = {section.split("\n")[0]: section for section in sections}
     for name, parsed in build_command().commands.items():
         flags = {flag for parameter in parsed.params for flag in parameter.opts if flag.startswith("--")}

@@ -23,6 +23,7 @@ _LAZY = {
     "EoRA": "mendlm.refiners",
     "HassleFree": "mendlm.refiners",
     "JointADMM": "mendlm.refiners",
+    "Generation": "mendlm.generation",
     "InputStats": "mendlm.inputs",
     "Recipe": "mendlm.config",
     "Refinement": "mendlm.refiners",
@@ -34,6 +35,7 @@ _LAZY = {
     "Unstructured": "mendlm.patterns",
     "ZeroShotSVD": "mendlm.refiners",
     "compress": "mendlm.pipeline",
+    "generate": "mendlm.generation",
     "import_gguf": "mendlm.gguf",
     "load": "mendlm.loading",
     "plan_budget": "mendlm.budget_planning",
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from mendlm.decomposition import SparseLowRank as SparseLowRank
     from mendlm.evaluation.perplexity import PerplexityResult as PerplexityResult
     from mendlm.evaluation.perplexity import perplexity as perplexity
+    from mendlm.generation import Generation as Generation
+    from mendlm.generation import generate as generate
     from mendlm.gguf import import_gguf as import_gguf
     from mendlm.inputs import InputStats as InputStats
     from mendlm.loading import load as load

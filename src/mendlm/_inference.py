@@ -40,8 +40,7 @@ def open_model(
     """`mendlm.load` with the dtype of `inference_dtype`; None is the loader's default."""
     from mendlm.loading import load
 
-    chosen = {"device": device, "dtype": inference_dtype(dtype, device), "runtime": runtime}
-    return load(folder, **{name: value for name, value in chosen.items() if value is not None})
+    return load(folder, runtime=runtime or "auto", dtype=inference_dtype(dtype, device), device=device)
 
 
 def dtype_of(model: Any) -> str:

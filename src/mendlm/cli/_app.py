@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mendlm.cli import compress, evaluate, import_gguf, inspect, plan, recipes
+from mendlm.cli import compress, evaluate, generate, import_gguf, inspect, plan, recipes
 from mendlm.cli._options import TracebackOption
 
 _EXAMPLES = """[bold]Examples[/bold]
@@ -16,6 +16,8 @@ _EXAMPLES = """[bold]Examples[/bold]
 [green]mendlm plan SmolLM2-135M --target-bytes 0.6 -o budget.yaml[/green]
 
 [green]mendlm eval out --text test.parquet --n-windows 8[/green]
+
+[green]mendlm generate out "The capital of France is" --compare SmolLM2-135M[/green]
 
 [green]mendlm inspect out[/green]
 
@@ -53,6 +55,7 @@ def build_command() -> Any:
     app.command("compress", epilog=compress.EXAMPLES)(compress.compress)
     app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
     app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+    app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
     app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
     app.command("import", epilog=import_gguf.EXAMPLES)(import_gguf.import_gguf)
     app.command("recipes", epilog=recipes.EXAMPLES)(recipes.recipes)

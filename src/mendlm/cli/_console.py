@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import sys
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -23,6 +24,17 @@ def safe(text: object) -> str:
     Names of tensors and paths come from files of others; written raw they could move the cursor or recolour a terminal.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+
+
+def safe_text(text: str) -> str:
+    """`text` without control characters as in `safe`, but with its lines, tabs and spaces of any kind.
+
+    The joiners that Persian and Indic scripts and emoji are written with stay too.
+    """
+    return "".join(c if c in _HARMLESS or unicodedata.category(c) == "Zs" else safe(c) for c in text)
+
+
+_HARMLESS = "\n\t\u200c\u200d"
 
 
 def console_for(stream: TextIO) -> Console:
@@ -51,7 +63,7 @@ def json_only(wanted: bool) -> Iterator[TextIO]:
         yield sys.stderr
 
 
-def print_json(document: Mapping[str, Any]) -> None:
+def print_json(document: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
     """Write `document` to stdout; NaN and infinity, which JSON lacks, become null."""
     sys.stdout.write(json.dumps(_finite(document), indent=2, allow_nan=False) + "\n")
     sys.stdout.flush()

@@ -35,3 +35,21 @@ DeviceOption = Annotated[
     str | None,
     typer.Option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cpu.", show_default=False),
 ]
+ComputeDtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help="float32, bfloat16 or float16. Default: float32 on a CPU, else the checkpoint's.",
+        show_default=False,
+    ),
+]
+RuntimeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--runtime",
+        metavar="NAME",
+        help="How a compressed folder runs: auto, merged, factored, packed.",
+        show_default=False,
+    ),
+]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mendlm.cli._console import format_seconds, json_only, print_facts, print_json
-from mendlm.cli._options import DeviceOption, JsonOption, TracebackOption
+from mendlm.cli._options import ComputeDtypeOption, DeviceOption, JsonOption, RuntimeOption, TracebackOption
 from mendlm.cli._progress import progress_view
 from mendlm.errors import UsageError
 
@@ -50,18 +50,8 @@ def evaluate(
         int | None, typer.Option("--n-windows", min=1, metavar="N", help="Only the first N windows. Default: all.")
     ] = None,
     device: DeviceOption = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            metavar="DTYPE",
-            help="float32, bfloat16 or float16. Default: float32 on a CPU, else the checkpoint's.",
-        ),
-    ] = None,
-    runtime: Annotated[
-        str | None,
-        typer.Option("--runtime", metavar="NAME", help="How a compressed folder runs: auto, merged, factored, packed."),
-    ] = None,
+    dtype: ComputeDtypeOption = None,
+    runtime: RuntimeOption = None,
     as_json: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
