@@ -502,3 +502,15 @@ def test_sparsities_by_tensor(saved: Any) -> None:
     kept = {tensor.name: tensor.n_kept / (tensor.shape[0] * tensor.shape[1]) for tensor in planned.compressed}
     assert kept.pop(one) == 0.75
     assert set(kept.values()) == {0.5}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_dense_export_has_the_tensors_of_the_original(saved: Any, kind: Kind, tmp_path: Path) -> None:
+    """Conv1D is turned back, experts are stacked again where they were."""
+    _, dense, packed = saved(kind)
+    mendlm.export(packed, tmp_path / "out", "dense")
+    got, original = load_file(tmp_path / "out" / "model.safetensors"), load_file(dense / "model.safetensors")
+    expected = replaced(original, dense, RECIPE)
+    assert got.keys() == original.keys()
+    for name, W in expected.items():
+        torch.testing.assert_close(got[name], W, rtol=0, atol=4 * torch.finfo(W.dtype).eps * float(W.abs().max()))

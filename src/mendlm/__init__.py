@@ -34,7 +34,9 @@ _LAZY = {
     "Tiles": "mendlm.patterns",
     "Unstructured": "mendlm.patterns",
     "ZeroShotSVD": "mendlm.refiners",
+    "ExportResult": "mendlm.exporting",
     "compress": "mendlm.pipeline",
+    "export": "mendlm.exporting",
     "generate": "mendlm.generation",
     "import_gguf": "mendlm.gguf",
     "load": "mendlm.loading",
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
     from mendlm.decomposition import SparseLowRank as SparseLowRank
     from mendlm.evaluation.perplexity import PerplexityResult as PerplexityResult
     from mendlm.evaluation.perplexity import perplexity as perplexity
+    from mendlm.exporting import ExportResult as ExportResult
+    from mendlm.exporting import export as export
     from mendlm.generation import Generation as Generation
     from mendlm.generation import generate as generate
     from mendlm.gguf import import_gguf as import_gguf

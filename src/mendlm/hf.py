@@ -236,6 +236,34 @@ def register() -> None:
         auto.register_quantizer(METHOD)(MendlmQuantizer)
 
 
+def module_places(folder: Path, paths: Iterable[str]) -> dict[str, str | None]:
+    """Path of each linear layer in a checkpoint -> its path in the model that transformers builds.
+
+    None where the model has no linear layer of that name. The model is built without memory for its weights.
+
+    Raises
+    ------
+    CheckpointError : transformers cannot build it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as err:
+        reason = " ".join(str(err).split()) or type(err).__name__
+        raise CheckpointError(f"transformers cannot build the model of {str(folder)!r}: {reason[:500]}") from err
+    names = _Names(model)
+    places = {path: names.in_model(path) for path in paths}
+    return {
+        path: place if isinstance(_submodule(model, place), nn.Linear | Conv1D) else None
+        for path, place in places.items()
+    }
+
+
 class _Names:
     """What the modules of a checkpoint are called in a model, and what `save_pretrained` will call them.
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mendlm.cli import compress, evaluate, generate, import_gguf, inspect, plan, recipes
+from mendlm.cli import compress, evaluate, export, generate, import_gguf, inspect, plan, recipes
 from mendlm.cli._options import TracebackOption
 
 _EXAMPLES = """[bold]Examples[/bold]
@@ -57,6 +57,7 @@ def build_command() -> Any:
     app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
     app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
     app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
+    app.command("export", epilog=export.EXAMPLES)(export.export)
     app.command("import", epilog=import_gguf.EXAMPLES)(import_gguf.import_gguf)
     app.command("recipes", epilog=recipes.EXAMPLES)(recipes.recipes)
     return typer.main.get_command(app)

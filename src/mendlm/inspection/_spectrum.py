@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from mendlm.budgets import sparsity_of
+from mendlm.checkpoints.folder import Packed, Part, open_folder
 from mendlm.checkpoints.header import FLOATING, torch_name
-from mendlm.checkpoints.reader import read_chunks, read_tensor
 from mendlm.errors import MendError, NonFiniteError, UsageError, located
-from mendlm.inspection._folder import Packed, Part, open_folder
 from mendlm.linalg import compute_dtype
 from mendlm.packing import unpack
 
@@ -137,7 +136,7 @@ def _dense_spectrum(name: str, part: Part) -> Spectrum:
 def _packed_spectrum(name: str, packed: Packed) -> Spectrum:
     values, A, B = (_read_floating(name, part) for part in (packed.values, packed.A, packed.B))
     try:
-        S = unpack(values, _read_bytes(packed.bitmask), packed.shape[1])
+        S = unpack(values, packed.bitmask.read(), packed.shape[1])
     except MendError as err:
         raise located(err, f"{name} in {packed.values.shard.name}") from err
     S, A, B = (part.to(compute_dtype(part.dtype)) for part in (S, A, B))
@@ -177,11 +176,4 @@ def _svdvals(name: str, M: Tensor) -> Tensor:
 def _read_floating(name: str, part: Part) -> Tensor:
     if part.info.dtype not in FLOATING:
         raise UsageError(f"{name!r} has dtype {part.info.dtype}: a spectrum needs F64, F32, F16 or BF16.")
-    return read_tensor(part.shard, part.info)
-
-
-def _read_bytes(part: Part) -> Tensor:
-    """A uint8 tensor."""
-    data = bytearray().join(read_chunks(part.shard, part.info))
-    flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
-    return flat.reshape(part.info.shape)
+    return part.read()

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mendlm.budgets import factor_params, sparsity_of
+from mendlm.checkpoints.folder import Packed, Part, open_folder
 from mendlm.checkpoints.header import tensor_bytes, torch_name
 from mendlm.checkpoints.plan import natural_key
-from mendlm.inspection._folder import Packed, Part, open_folder
 from mendlm.report.records import MANIFEST_FILE, TensorRecord, Totals, read_manifest, summarize
 
 

@@ -7,8 +7,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mendlm.checkpoints.header import TensorInfo
-from mendlm.checkpoints.reader import Shard, open_checkpoint
+import torch
+from torch import Tensor
+
+from mendlm.checkpoints.header import FLOATING, TensorInfo
+from mendlm.checkpoints.reader import Checkpoint, Shard, open_checkpoint, read_chunks, read_tensor
 from mendlm.checkpoints.staging import has_partial
 from mendlm.errors import CheckpointError, UsageError
 
@@ -20,6 +23,19 @@ class Part(NamedTuple):
 
     shard: Shard
     info: TensorInfo
+
+    def read(self) -> Tensor:
+        """The tensor, of a floating dtype or uint8, in fresh memory on the CPU.
+
+        Raises
+        ------
+        CheckpointError : the file cannot be read, or has become shorter.
+        """
+        if self.info.dtype in FLOATING:
+            return read_tensor(self.shard, self.info)
+        data = bytearray().join(read_chunks(self.shard, self.info))
+        flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+        return flat.reshape(self.info.shape)
 
 
 class Packed(NamedTuple):
@@ -49,10 +65,15 @@ class Packed(NamedTuple):
 class Folder(NamedTuple):
     """A checkpoint folder: names of weights, ``….weight`` if compressed, and where they are."""
 
+    checkpoint: Checkpoint
     layout: Literal["dense", "packed"]
-    config: Mapping[str, Any]
     packed: Mapping[str, Packed]
     copied: Mapping[str, Part]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The parsed config.json."""
+        return self.checkpoint.config
 
 
 def open_folder(path: Path) -> Folder:
@@ -72,7 +93,7 @@ def open_folder(path: Path) -> Folder:
     parts = _by_name(checkpoint.shards)
     quantization = checkpoint.config.get("quantization_config")
     if quantization is None:
-        return Folder("dense", checkpoint.config, {}, parts)
+        return Folder(checkpoint, "dense", {}, parts)
     if quantization.get("layout") != "packed":
         raise UsageError(f"{str(path)!r} has layout {quantization.get('layout')!r}, this mendlm knows 'packed'.")
     stems = sorted(name.removesuffix(_PARTS[0]) for name in parts if name.endswith(f".{_PARTS[0]}"))
@@ -81,7 +102,7 @@ def open_folder(path: Path) -> Folder:
     # For experts that were stacked in the input it is the stack's name.
     owned = {f"{stem}{part}" for stem in stems for part in (*_PARTS, "weight")} | {quantization.get("guard")}
     copied = {name: part for name, part in parts.items() if name not in owned}
-    return Folder("packed", checkpoint.config, packed, copied)
+    return Folder(checkpoint, "packed", packed, copied)
 
 
 def _by_name(shards: Iterable[Shard]) -> dict[str, Part]:

@@ -1,0 +1,100 @@
+"""`semi-structured`: 2:4 weights as the two tensors that torch's sparse kernels on CUDA take, converted once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mendlm.errors import UsageError
+from mendlm.exporting._base import Layer, Layout, Source, Stored, refuse_experts
+from mendlm.families import split_expert
+
+ROWS, COLUMNS = 32, 64  # torch's kernels for 16-bit weights want multiples of these
+
+
+class SemiStructured(Layout):
+    """``X.weight_packed`` (d_out, d_in / 2), ``X.weight_meta`` int16 (d_out, d_in / 16), ``X.lora_A``, ``X.lora_B``.
+
+    The metadata has the order of elements of `torch.sparse.SparseSemiStructuredTensorCUTLASS`.
+    """
+
+    name = "semi-structured"
+    summary = "2:4 weights as torch's CUDA kernels take them (packed values and metadata), A and B beside them"
+    is_checkpoint = False
+
+    def check(self, source: Source) -> None:
+        """Raise `UsageError` unless every layer has 16-bit weights of a shape that the kernels serve."""
+        for layer in source.layers:
+            if split_expert(layer.path) is not None:
+                raise refuse_experts(layer, "torch's sparse kernels serve single matrices.")
+            if layer.dtype not in ("BF16", "F16"):
+                raise UsageError(
+                    f"{layer.path!r} is stored as {layer.dtype}; torch's 2:4 kernels take BF16 and F16. "
+                    "Compress with --dtype bfloat16."
+                )
+            d_out, d_in = layer.shape
+            if d_out % ROWS or d_in % COLUMNS:
+                raise UsageError(
+                    f"{layer.path!r} has shape {d_out}×{d_in}; torch's 2:4 kernels need multiples of {ROWS}×{COLUMNS}. "
+                    "Export --to safetensors-factored or dense."
+                )
+            if 2 * layer.packed.n_kept > d_out * d_in:
+                raise _not_2_4(layer)
+
+    def stored(self, layer: Layer, file: str) -> Sequence[Stored]:
+        """Values, metadata, factors."""
+        d_out, d_in = layer.shape
+        rank = layer.packed.rank
+        return [
+            Stored(file, f"{layer.path}.weight_packed", layer.dtype, (d_out, d_in // 2)),
+            Stored(file, f"{layer.path}.weight_meta", "I16", (d_out, d_in // 16)),
+            Stored(file, f"{layer.path}.lora_A", layer.dtype, (rank, d_in)),
+            Stored(file, f"{layer.path}.lora_B", layer.dtype, (d_out, rank)),
+        ]
+
+    def tensors(self, layer: Layer) -> Iterator[Tensor]:
+        """Converted by torch; raises `UsageError` if S is not 2:4."""
+        from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+        convert: Callable[[Tensor], tuple[Tensor, Tensor]] = sparse_semi_structured_from_dense_cutlass
+        out = layer.read()
+        if int(out.mask.reshape(-1, 4).sum(dim=1, dtype=torch.uint8).max()) > 2:
+            raise _not_2_4(layer)
+        packed, meta = convert(out.S)
+        yield from (packed.contiguous(), meta.contiguous(), out.A, out.B)
+
+    def config(self, source: Source) -> Mapping[str, Any]:
+        """Marked, so that no loader takes it for an ordinary checkpoint."""
+        mark = {"quant_method": "mendlm", "version": 1, "layout": self.name}
+        return {**source.config, "quantization_config": mark}
+
+    def card(self, dest: str) -> str:
+        """How to use the tensors."""
+        return f"""For programs that call torch's 2:4 kernels themselves, on a CUDA device of compute capability
+8 or newer. Each compressed weight `X.weight` is `X.weight_packed`, `X.weight_meta`, `X.lora_A` and `X.lora_B`; **use
+the factors with the sparse part, which is worse than plain pruning without them.** transformers does
+not open this form.
+
+```python
+import torch
+from safetensors.torch import load_file
+
+t = load_file("{dest}/model.safetensors", device="cuda")           # of a sharded model: each file of the index
+packed, meta, A, B = (t[f"{{X}}.{{part}}"] for part in ("weight_packed", "weight_meta", "lora_A", "lora_B"))
+S = torch.sparse.SparseSemiStructuredTensorCUTLASS(
+    torch.Size((packed.shape[0], 2 * packed.shape[1])), packed=packed, meta=meta,
+    packed_t=None, meta_t=None, compressed_swizzled_bitmask=None,
+)
+y = torch.nn.functional.linear(x, S) + x @ A.T @ B.T
+```
+"""
+
+
+def _not_2_4(layer: Layer) -> UsageError:
+    return UsageError(
+        f"{layer.path!r} is not 2:4: some four columns keep more than two entries. Compress with --pattern 2:4, "
+        "or export --to safetensors-factored."
+    )
