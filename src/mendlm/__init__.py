@@ -14,6 +14,7 @@ _install()
 _LAZY = {
     "AcceleratedTLR": "mendlm.refiners",
     "BudgetPlan": "mendlm.budget_planning",
+    "BenchResult": "mendlm.speed",
     "CompressionResult": "mendlm.pipeline",
     "NM": "mendlm.patterns",
     "OATS": "mendlm.refiners",
@@ -35,6 +36,7 @@ _LAZY = {
     "Unstructured": "mendlm.patterns",
     "ZeroShotSVD": "mendlm.refiners",
     "ExportResult": "mendlm.exporting",
+    "bench": "mendlm.speed",
     "compress": "mendlm.pipeline",
     "export": "mendlm.exporting",
     "generate": "mendlm.generation",
@@ -80,6 +82,8 @@ if TYPE_CHECKING:
     from mendlm.refiners import refine as refine
     from mendlm.runtime import SparseLowRankLinear as SparseLowRankLinear
     from mendlm.selection import select_mask as select_mask
+    from mendlm.speed import BenchResult as BenchResult
+    from mendlm.speed import bench as bench
 
 
 def __getattr__(name: str) -> Any:

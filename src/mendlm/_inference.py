@@ -83,8 +83,3 @@ class CachedReader:
             raise UsageError(f"{type(self._model).__name__} keeps no key-value cache, which is needed here.")
         logits: Tensor = out.logits[:, -1]
         return logits
-
-    def wait(self) -> None:
-        """Until the device has done what it was given; what a clock needs."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)

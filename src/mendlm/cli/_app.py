@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mendlm.cli import compress, evaluate, export, generate, import_gguf, inspect, plan, recipes
+from mendlm.cli import bench, compress, evaluate, export, generate, import_gguf, inspect, plan, recipes
 from mendlm.cli._options import TracebackOption
 
 _EXAMPLES = """[bold]Examples[/bold]
@@ -56,6 +56,7 @@ def build_command() -> Any:
     app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
     app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
     app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
+    app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
     app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
     app.command("export", epilog=export.EXAMPLES)(export.export)
     app.command("import", epilog=import_gguf.EXAMPLES)(import_gguf.import_gguf)
