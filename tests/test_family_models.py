@@ -26,7 +26,8 @@ from mendlm.experts import SparseLowRankExperts, is_fused_experts, split_stacked
 from mendlm.families import EXPERT_LAYOUTS, STACKED_LAYOUT, block_of, module_name
 from mendlm.pipeline import plan
 from mendlm.planning import make_plan
-from mendlm.runtime import RUNTIMES, SparseLowRankLinear
+from mendlm.runtime import SparseLowRankLinear
+from tiny import CPU_RUNTIMES
 
 EPS32 = torch.finfo(torch.float32).eps
 RECIPE = Recipe(pattern=NM(2, 4), refiner=TLR(rank=2, n_iter=3))
@@ -163,7 +164,7 @@ def test_logits_are_those_of_the_same_compression_by_plain_torch(saved: Any, kin
     other = twin(dense, tmp_path / "twin")
     expected = logits(mendlm.load(other))
     assert float((logits(model) - expected).abs().max()) > 0.01 * float(expected.abs().max())
-    for runtime in RUNTIMES:
+    for runtime in CPU_RUNTIMES:
         loaded = mendlm.load(packed, runtime=runtime)
         assert_close(logits(loaded), expected)
         if runtime == "merged":
@@ -273,7 +274,7 @@ def test_a_part_of_the_experts_or_blocks(saved: Any, name: str, options: dict[st
     mendlm.compress(dense, tmp_path / "out", recipe)
     other = twin(dense, tmp_path / "twin", recipe)
     expected = logits(mendlm.load(other))
-    for runtime in RUNTIMES:
+    for runtime in CPU_RUNTIMES:
         loaded = mendlm.load(tmp_path / "out", runtime=runtime)
         assert_close(logits(loaded), expected)
         if runtime == "merged":
@@ -310,7 +311,7 @@ def test_gpt2_as_the_hub_has_it(saved: Any, tmp_path: Path) -> None:
     mendlm.compress(tmp_path / "hub", tmp_path / "out", RECIPE)
     assert facts(tmp_path / "out")["guard"] == "h.0.attn.c_attn.weight"
     expected = logits(mendlm.load(twin(tmp_path / "hub", tmp_path / "twin")))
-    for runtime in RUNTIMES:
+    for runtime in CPU_RUNTIMES:
         model = mendlm.load(tmp_path / "out", runtime=runtime)
         assert_close(logits(model), expected)
         model.save_pretrained(tmp_path / runtime)
@@ -326,7 +327,7 @@ def test_a_family_that_is_not_known_is_compressed_by_include(tmp_path: Path) -> 
     mendlm.compress(dense, tmp_path / "out", recipe)
     assert {name.split(".")[2] for name in facts(tmp_path / "out")["modules"]} == {"0"}
     expected = logits(mendlm.load(twin(dense, tmp_path / "twin", recipe)))
-    for runtime in RUNTIMES:
+    for runtime in CPU_RUNTIMES:
         assert_close(logits(mendlm.load(tmp_path / "out", runtime=runtime)), expected)
 
 

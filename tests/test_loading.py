@@ -18,7 +18,8 @@ import mendlm
 from mendlm import AcceleratedTLR, Recipe, Unstructured, refine, select_mask
 from mendlm.errors import CheckpointError, MendError, UsageError
 from mendlm.execution.tensor import tensor_generator
-from mendlm.runtime import RUNTIMES, SparseLowRankLinear
+from mendlm.runtime import SparseLowRankLinear
+from tiny import CPU_RUNTIMES
 
 EPS32 = torch.finfo(torch.float32).eps
 RECIPE = {"pattern": Unstructured(0.5), "refiner": AcceleratedTLR(rank=4, n_iter=10)}
@@ -56,7 +57,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(IDS.to(next(model.parameters()).device)).logits.float()
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", CPU_RUNTIMES)
 def test_logits_equal_those_of_a_dense_model(twin: torch.nn.Module, packed: Path, runtime: str) -> None:
     model = mendlm.load(packed, runtime=runtime)
     layers = [m for m in model.modules() if isinstance(m, SparseLowRankLinear)]
@@ -68,7 +69,7 @@ def test_logits_equal_those_of_a_dense_model(twin: torch.nn.Module, packed: Path
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight  # tied as before
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", CPU_RUNTIMES)
 def test_generation_works_in_every_runtime(twin: torch.nn.Module, packed: Path, runtime: str) -> None:
     prompt = torch.tensor([[256, 72, 101, 108]])
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 257}
@@ -119,7 +120,7 @@ def test_another_dtype_in_memory(packed: Path, dtype: torch.dtype) -> None:
 def test_other_checkpoints(make_tiny_llama: Callable[..., Path], tmp_path: Path, kind: dict[str, object]) -> None:
     source = make_tiny_llama(**kind)
     mendlm.compress(source, tmp_path / "out", Recipe(**RECIPE))
-    seen = [logits(mendlm.load(tmp_path / "out", runtime=r, dtype=torch.float32)) for r in RUNTIMES]
+    seen = [logits(mendlm.load(tmp_path / "out", runtime=r, dtype=torch.float32)) for r in CPU_RUNTIMES]
     for other in seen[1:]:
         torch.testing.assert_close(other, seen[0], rtol=0, atol=256 * EPS32 * float(seen[0].abs().max()))
 
@@ -281,7 +282,7 @@ def config_for(folder: Path, runtime: str):
     return config
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", CPU_RUNTIMES)
 def test_offloaded_layers_are_packed_or_refused(packed: Path, tmp_path: Path, runtime: str) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -296,7 +297,7 @@ def test_offloaded_layers_are_packed_or_refused(packed: Path, tmp_path: Path, ru
             AutoModelForCausalLM.from_pretrained(packed, **options)
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", CPU_RUNTIMES)
 def test_device_map_auto_works(packed: Path, runtime: str) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -7,7 +7,8 @@ import torch
 
 from mendlm.errors import CheckpointError, UsageError
 from mendlm.packing import pack_mask
-from mendlm.runtime import RUNTIMES, SparseLowRankLinear
+from mendlm.runtime import SparseLowRankLinear
+from tiny import CPU_RUNTIMES
 
 
 def make_layer(
@@ -34,7 +35,7 @@ def make_layer(
     return layer, S.double() + (layer.lora_B.double() @ layer.lora_A.double()).detach()
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", CPU_RUNTIMES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("d_in", "rank", "density", "bias"),

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from mendlm.runtime import RUNTIMES
+
+CPU_RUNTIMES = [name for name in RUNTIMES if name != "semi-structured"]  # that one needs a CUDA device
 BOS, EOS = 256, 257
 
 
