@@ -42,9 +42,22 @@ def unpack(values: Tensor, bitmask: Tensor, d_in: int) -> Tensor:
         are values.
     """
     check_packed(values, bitmask, d_in)
+    return scatter(values, bitmask, d_in)
+
+
+def scatter(values: Tensor, bitmask: Tensor, d_in: int) -> Tensor:
+    """`unpack` of a matrix that was checked before."""
     mask = unpack_mask(bitmask, d_in)
     dense = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
     return dense.masked_scatter_(mask, values)
+
+
+def find_row_starts(bitmask: Tensor) -> Tensor:
+    """Where each row begins in the values: (d_out + 1,) int64 on the bitmask's device; the last is n_kept."""
+    counts = torch.arange(256, dtype=torch.uint8, device=bitmask.device)
+    counts = unpack_mask(counts[:, None], 8).sum(dim=1, dtype=torch.uint8)
+    in_rows = counts[bitmask.int()].sum(dim=1, dtype=torch.int64)
+    return torch.nn.functional.pad(in_rows.cumsum(0), (1, 0))
 
 
 def check_packed(values: Tensor, bitmask: Tensor, d_in: int) -> None:

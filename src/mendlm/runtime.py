@@ -10,8 +10,9 @@ from torch.nn.functional import linear
 
 from mendlm.decomposition import merge
 from mendlm.errors import CheckpointError, UsageError
+from mendlm.kernels import packed as kernels
 from mendlm.names import lookup
-from mendlm.packing import check_packed, unpack_mask
+from mendlm.packing import check_packed, find_row_starts, scatter, unpack_mask
 
 Runtime = Literal["merged", "factored", "packed"]
 
@@ -19,7 +20,7 @@ Runtime = Literal["merged", "factored", "packed"]
 RUNTIMES: dict[str, str] = {
     "merged": "dense W' = S + B @ A: the speed of the original model, no sparsity left",
     "factored": "dense S beside A and B: exact, trainable factors",
-    "packed": "S stays packed and is unpacked in every call: least memory, slowest",
+    "packed": "S stays packed: least memory; a kernel multiplies few tokens, for many S is unpacked in every call",
 }
 
 
@@ -54,6 +55,7 @@ class SparseLowRankLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    row_starts: Tensor | None
 
     def __init__(
         self,
@@ -76,6 +78,7 @@ class SparseLowRankLinear(nn.Module):
         bytes_a_row = -(-in_features // 8)
         self.weight_values = nn.Parameter(empty(n_kept), requires_grad=False)
         self.register_buffer("weight_bitmask", torch.empty(out_features, bytes_a_row, dtype=torch.uint8, device=device))
+        self.register_buffer("row_starts", None, persistent=False)  # of S in weight_values, found when needed
         self.lora_A = nn.Parameter(empty(rank, in_features))
         self.lora_B = nn.Parameter(empty(out_features, rank))
         self.bias = nn.Parameter(empty(out_features)) if bias else None
@@ -83,11 +86,15 @@ class SparseLowRankLinear(nn.Module):
     def check(self) -> None:
         """Raise `CheckpointError` unless values and bitmask fit each other (packed runtime only)."""
         check_packed(self.weight_values, self._bitmask, self.in_features)
+        self.row_starts = find_row_starts(self._bitmask)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, d_in) -> (…, d_out), in the dtype of `x`."""
         if self.runtime == "merged":
             return linear(x, self.weight, self.bias)
+        if self.runtime == "packed" and not self._needs_grad(x) and kernels.serves(x, self.weight_values):
+            packed_S = self.weight_values, self._bitmask, self._row_starts()
+            return kernels.packed_linear(x, *packed_S, self.lora_A, self.lora_B, self.bias)
         S = self.weight if self.runtime == "factored" else self._unpacked()
         return linear(x, S, self.bias) + linear(linear(x, self.lora_A), self.lora_B)
 
@@ -109,6 +116,7 @@ class SparseLowRankLinear(nn.Module):
             elif runtime == "factored":
                 self._set_weight(self._unpacked())
                 del self.weight_values
+                self.row_starts = None
             else:
                 self.weight_values = nn.Parameter(self._packed_values(), requires_grad=False)
                 del self.weight
@@ -150,9 +158,18 @@ class SparseLowRankLinear(nn.Module):
 
     def _unpacked(self) -> Tensor:
         """Dense S (d_out, d_in); shapes were checked when the layer was loaded."""
-        mask = self._mask()
-        dense = torch.zeros(mask.shape, dtype=self.weight_values.dtype, device=mask.device)
-        return dense.masked_scatter_(mask, self.weight_values)
+        if kernels.unpacks(self.weight_values):
+            return kernels.unpack(self.weight_values, self._bitmask, self._row_starts(), self.in_features)
+        return scatter(self.weight_values, self._bitmask, self.in_features)
+
+    def _row_starts(self) -> Tensor:
+        if self.row_starts is None:
+            self.row_starts = find_row_starts(self._bitmask)
+        return self.row_starts
+
+    def _needs_grad(self, x: Tensor) -> bool:
+        tensors = (x, self.lora_A, self.lora_B, self.bias)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
     def _packed_values(self) -> Tensor:
         return self.weight[self._mask()]
@@ -165,7 +182,7 @@ class SparseLowRankLinear(nn.Module):
         merged = merge(S, self.lora_B, self.lora_A, S.dtype)
         if self.runtime == "packed":
             del self.weight_values
-        del self.lora_A, self.lora_B, self.weight_bitmask
+        del self.lora_A, self.lora_B, self.weight_bitmask, self.row_starts
         self._set_weight(merged, trainable=True)  # an ordinary dense layer now
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -178,10 +195,8 @@ class SparseLowRankLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """The inverse: a factored layer takes packed values."""
+        self.row_starts = None
         values = state_dict.pop(prefix + "weight_values", None) if self.runtime == "factored" else None
         if values is not None:
-            bitmask = state_dict[prefix + "weight_bitmask"]
-            mask = unpack_mask(bitmask, self.in_features)
-            dense = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
-            state_dict[prefix + "weight"] = dense.masked_scatter_(mask, values)
+            state_dict[prefix + "weight"] = scatter(values, state_dict[prefix + "weight_bitmask"], self.in_features)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,24 +1,55 @@
-"""Operator `mendlm::packed_linear`: y = x (S + B A)ᵀ + bias with S read in its packed form.
+"""Operators on packed weights: `packed_linear`, which never unpacks S, and `unpack`.
 
-Each device has its implementation: a C library on the CPU, Triton on CUDA. Without one, callers unpack S with torch.
+`mendlm::packed_linear` has one implementation for each kind of device: C on the CPU (`_cpu`), Triton on CUDA
+(`_triton`). Where a device has none, callers unpack S and multiply, which is what the operator does there too.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-# The most tokens for which a device's kernel beats unpacking S and multiplying; no entry: no kernel.
-MAX_TOKENS = {"cuda": 0}
+from mendlm.errors import UsageError
+from mendlm.kernels import _cpu
+from mendlm.packing import scatter
+
+# The most tokens for which a device's kernel beats unpacking S and multiplying (docs/runtimes.md); no entry: no kernel.
+MAX_TOKENS = {"cpu": 16, "cuda": 0}
+
+
+def unavailable(device: str = "cpu") -> str | None:
+    """Why there is no kernel for a kind of device, or None if there is one. `MENDLM_KERNEL=0` turns the CPU's off."""
+    if device == "cpu":
+        reason: str | None = _cpu.unavailable()
+        return reason
+    return None if MAX_TOKENS.get(device) else f"there is no kernel for {device!r}"
+
+
+def available(device: str = "cpu") -> bool:
+    """Whether there is a kernel for a kind of device."""
+    return unavailable(device) is None
 
 
 def serves(x: Tensor, values: Tensor) -> bool:
     """Whether `packed_linear` takes these, and is the faster way for as many tokens as `x` (…, d_in) has."""
-    tokens = x.numel() // max(x.shape[-1], 1)
-    return x.dtype == values.dtype and tokens <= MAX_TOKENS.get(x.device.type, 0)
+    device = x.device.type
+    return (
+        x.shape[:-1].numel() <= MAX_TOKENS.get(device, 0)
+        and x.dtype == values.dtype
+        and x.dtype in _cpu.DTYPES
+        and not torch.is_autocast_enabled(device)
+        and available(device)
+    )
 
 
-@torch.library.custom_op("mendlm::packed_linear", mutates_args=(), device_types="cpu")
+def unpacks(values: Tensor) -> bool:
+    """Whether `unpack` has more to offer for these values than torch."""
+    return values.device.type == "cpu" and values.dtype in _cpu.DTYPES and _cpu.unavailable() is None
+
+
 def packed_linear(
     x: Tensor,
     values: Tensor,
@@ -32,17 +63,44 @@ def packed_linear(
 
     Parameters
     ----------
-    x : (…, d_in) input; its dtype is that of values, factors and bias.
+    x : (…, d_in) input; its dtype is that of values, factors and bias: bfloat16, float16 or float32.
     values, bitmask : S as in `mendlm.packing`: (n_kept,), and (d_out, ceil(d_in / 8)) uint8.
     row_starts : (d_out + 1,) int64, where each row begins in `values`; the last is n_kept.
     lora_A, lora_B : (rank, d_in), (d_out, rank).
     bias : (d_out,) or None.
+
+    Raises
+    ------
+    UsageError : shapes or dtypes do not fit each other.
+    CheckpointError : the bitmask does not mark as many entries in each row as `row_starts` says.
     """
-    raise NotImplementedError
+    y: Tensor = torch.ops.mendlm.packed_linear.default(x, values, bitmask, row_starts, lora_A, lora_B, bias)
+    return y
 
 
-@packed_linear.register_kernel("cuda")
-def _cuda(
+def unpack(values: Tensor, bitmask: Tensor, row_starts: Tensor, d_in: int) -> Tensor:
+    """Dense S (d_out, d_in) in the dtype of `values`; arguments and errors as for `packed_linear`."""
+    S: Tensor = torch.ops.mendlm.unpack.default(values, bitmask, row_starts, d_in)
+    return S
+
+
+def _packed_linear_on_cpu(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    row_starts: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    _check(x, values, bitmask, row_starts, lora_A, lora_B, bias)
+    if x.dtype in _cpu.DTYPES and _cpu.unavailable() is None:
+        return _cpu.packed_linear(x, values, bitmask, row_starts, lora_A, lora_B, bias)
+    S = scatter(values, bitmask, x.shape[-1])
+    return linear(x, S, bias) + linear(linear(x, lora_A), lora_B)
+
+
+def _packed_linear_on_cuda(
     x: Tensor,
     values: Tensor,
     bitmask: Tensor,
@@ -56,8 +114,14 @@ def _cuda(
     return _triton.packed_linear(x, values, bitmask, row_starts, lora_A, lora_B, bias)
 
 
-@packed_linear.register_fake
-def _fake(
+def _unpack_on_cpu(values: Tensor, bitmask: Tensor, row_starts: Tensor, d_in: int) -> Tensor:
+    _check_layout(values, bitmask, row_starts, d_in)
+    if unpacks(values):
+        return _cpu.unpack(values, bitmask, row_starts, d_in)
+    return scatter(values, bitmask, d_in)
+
+
+def _packed_linear_shape(
     x: Tensor,
     values: Tensor,
     bitmask: Tensor,
@@ -67,3 +131,50 @@ def _fake(
     bias: Tensor | None,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], lora_B.shape[0])
+
+
+def _unpack_shape(values: Tensor, bitmask: Tensor, row_starts: Tensor, d_in: int) -> Tensor:
+    return values.new_empty(bitmask.shape[0], d_in)
+
+
+# `torch.library.custom_op` would do, at three times the cost of a call: 11 against 3.5 µs.
+_operators: Any = torch.library.Library("mendlm", "DEF")  # type: ignore[no-untyped-call]
+_operators.define(
+    "packed_linear(Tensor x, Tensor values, Tensor bitmask, Tensor row_starts, Tensor lora_A, Tensor lora_B, "
+    "Tensor? bias) -> Tensor"
+)
+_operators.define("unpack(Tensor values, Tensor bitmask, Tensor row_starts, int d_in) -> Tensor")
+_operators.impl("packed_linear", _packed_linear_on_cpu, "CPU")
+_operators.impl("packed_linear", _packed_linear_on_cuda, "CUDA")
+_operators.impl("unpack", _unpack_on_cpu, "CPU")
+torch.library.register_fake("mendlm::packed_linear", _packed_linear_shape, lib=_operators)
+torch.library.register_fake("mendlm::unpack", _unpack_shape, lib=_operators)
+
+
+def _check(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    row_starts: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+) -> None:
+    """Nothing may be read outside a tensor, whoever calls the operator."""
+    d_in, d_out = x.shape[-1], bitmask.shape[0]
+    _check_layout(values, bitmask, row_starts, d_in)
+    fitting = lora_A.ndim == lora_B.ndim == 2 and lora_A.shape == (lora_B.shape[1], d_in) and lora_B.shape[0] == d_out
+    if not fitting or (bias is not None and bias.shape != (d_out,)):
+        raise UsageError(
+            f"S of shape {(d_out, d_in)} has factors A {tuple(lora_A.shape)}, B {tuple(lora_B.shape)} and bias "
+            f"{None if bias is None else tuple(bias.shape)}; A must be (rank, d_in), B (d_out, rank), bias (d_out,)."
+        )
+    if not x.dtype == values.dtype == lora_A.dtype == lora_B.dtype == (x.dtype if bias is None else bias.dtype):
+        raise UsageError("input, values, factors and bias must have one dtype.")
+
+
+def _check_layout(values: Tensor, bitmask: Tensor, row_starts: Tensor, d_in: int) -> None:
+    if bitmask.dtype != torch.uint8 or bitmask.ndim != 2 or bitmask.shape[1] != -(-d_in // 8):
+        raise UsageError(f"the bitmask must be uint8 with {-(-d_in // 8)} bytes a row for {d_in} columns.")
+    if row_starts.dtype != torch.int64 or row_starts.shape != (bitmask.shape[0] + 1,) or values.ndim != 1:
+        raise UsageError("row starts must be int64, one more than rows, and values one-dimensional.")
