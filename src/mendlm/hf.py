@@ -42,8 +42,8 @@ class MendlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
     version, layout : of the file format.
     guard : name of the empty tensor that stops loaders which do not know this method.
     modules : path of a compressed module, as the checkpoint names it -> {"n_kept": int, "rank": int}.
-    runtime : "auto", "merged", "factored" or "packed"; a choice of the moment, not saved. transformers ignores it in a
-        config passed to `from_pretrained`, so use `mendlm.load`.
+    runtime : "auto" or one of `mendlm.runtime.RUNTIMES`; a choice of the moment, not saved. transformers ignores it in
+        a config passed to `from_pretrained`, so use `mendlm.load`.
 
     Raises
     ------
@@ -164,9 +164,9 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue
             try:
                 layer.check()
-            except CheckpointError as err:
+                layer.set_runtime(config.runtime)
+            except MendError as err:
                 raise located(err, path) from err
-            layer.set_runtime(config.runtime)
         if config.runtime == "merged":
             self._restore(model)
             logger.info("the model is merged: it is dense now and save_pretrained writes it as an ordinary checkpoint")

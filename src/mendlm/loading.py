@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mendlm.checkpoints.folder import open_folder
 from mendlm.checkpoints.reader import read_json_object
 from mendlm.devices import resolve_device
-from mendlm.errors import CheckpointError, MendError, UsageError
-from mendlm.runtime import resolve_runtime
+from mendlm.errors import CheckpointError, MendError, UsageError, located
+from mendlm.runtime import SparseLowRankLinear, resolve_runtime, runtime_on
 
 
 def load(
@@ -25,7 +28,8 @@ def load(
     Parameters
     ----------
     path : a folder that mendlm wrote, or any dense transformers folder. Nothing is downloaded, no code in it is run.
-    runtime : for a compressed folder, how its layers compute: "auto" (now "merged"), "merged", "factored", "packed".
+    runtime : for a compressed folder, how its layers compute: "merged", "factored", "packed", "semi-structured", or
+        "auto": semi-structured on a CUDA device where every layer allows it, else merged.
     dtype : of the weights in memory; that of the checkpoint if not given.
     device : where to put the model; CPU if not given.
 
@@ -36,17 +40,25 @@ def load(
 
     Raises
     ------
-    UsageError : no such folder, no config.json, an unknown runtime or device, or a runtime for a dense
-        folder.
+    UsageError : no such folder, no config.json, an unknown runtime or device, a runtime for a dense folder, or
+        "semi-structured" where device, dtype or a layer (named) does not allow it.
     CheckpointError : the folder is damaged: a tensor is missing, has another shape, or its bitmask is inconsistent.
     """
     folder, compressed = Path(path), is_compressed(path)
-    resolve_runtime(runtime)
+    resolved = resolve_runtime(runtime)
     where = None if device is None else resolve_device(str(device))
     if not compressed and runtime != "auto":
         raise UsageError(f"{str(path)!r} is not compressed by mendlm, so there is no runtime {runtime!r} to choose.")
-    model = _from_pretrained(folder, runtime if compressed else None, dtype)
-    return model if where is None else model.to(where)
+    if compressed:
+        resolved = _runtime_for(folder, runtime, dtype, where or torch.device("cpu"))
+    # torch makes semi-structured tensors on the device only: packed weights move there first.
+    at_first = "packed" if resolved == "semi-structured" else resolved
+    model = _from_pretrained(folder, at_first if compressed else None, dtype)
+    if where is not None:
+        model = model.to(where)
+    if compressed and resolved == "semi-structured":
+        _convert(model, resolved)
+    return model
 
 
 def is_compressed(path: str | Path) -> bool:
@@ -64,6 +76,29 @@ def is_compressed(path: str | Path) -> bool:
         raise UsageError(f"{str(path)!r} holds no config.json: it is not a transformers checkpoint.")
     quantization = read_json_object(folder / "config.json").get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == "mendlm"
+
+
+def _runtime_for(folder: Path, name: str, dtype: torch.dtype | None, device: torch.device) -> str:
+    """`runtime_on` for the layers of a folder, before it is loaded."""
+    config = read_json_object(folder / "config.json")
+    stated = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    in_memory = dtype or (stated if isinstance(stated, torch.dtype) else torch.float32)
+    return runtime_on(name, _bitmasks(folder), in_memory, device)
+
+
+def _bitmasks(folder: Path) -> Iterator[tuple[str, Tensor, int]]:
+    """Path, bitmask and d_in of every compressed layer; nothing is opened before the first is asked for."""
+    for name, packed in open_folder(folder).packed.items():
+        yield name.removesuffix(".weight"), packed.bitmask.read(), packed.shape[1]
+
+
+def _convert(model: Any, runtime: str) -> None:
+    for path, layer in model.named_modules():
+        if isinstance(layer, SparseLowRankLinear):
+            try:
+                layer.set_runtime(runtime)
+            except UsageError as err:
+                raise located(err, path) from err
 
 
 def _from_pretrained(folder: Path, runtime: str | None, dtype: torch.dtype | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -11,21 +12,23 @@ from torch.nn.functional import linear
 from mendlm.decomposition import merge
 from mendlm.errors import CheckpointError, UsageError
 from mendlm.kernels import packed as kernels
+from mendlm.kernels import semi_structured
 from mendlm.names import lookup
 from mendlm.packing import check_packed, find_row_starts, scatter, unpack_mask
 
-Runtime = Literal["merged", "factored", "packed"]
+Runtime = Literal["merged", "factored", "packed", "semi-structured"]
 
 # What each runtime keeps in memory, and so what it is for.
 RUNTIMES: dict[str, str] = {
     "merged": "dense W' = S + B @ A: the speed of the original model, no sparsity left",
     "factored": "dense S beside A and B: exact, trainable factors",
     "packed": "S stays packed: least memory; a kernel multiplies few tokens, for many S is unpacked in every call",
+    "semi-structured": "2:4 S for the sparse tensor cores of a CUDA device, bfloat16 or float16; not trainable",
 }
 
 
 def resolve_runtime(name: str) -> str:
-    """The runtime that `name` stands for; "auto" is the fastest that every device has.
+    """The runtime that `name` stands for; "auto" is the fastest that every device has (see `runtime_on`).
 
     Raises
     ------
@@ -35,6 +38,33 @@ def resolve_runtime(name: str) -> str:
         return "merged"
     lookup({**RUNTIMES, "auto": ""}, name, "runtime")
     return name
+
+
+def runtime_on(name: str, layers: Iterable[tuple[str, Tensor, int]], dtype: torch.dtype, device: torch.device) -> str:
+    """The runtime that `name` stands for on a known device: "auto" is semi-structured where every layer allows it.
+
+    Parameters
+    ----------
+    name : a runtime or "auto".
+    layers : path, bitmask (d_out, ceil(d_in / 8)) uint8 and d_in of every compressed layer; read for "auto" and
+        "semi-structured" only, and no further than the first layer that does not allow it.
+    dtype : of the weights in memory.
+    device : where they will be.
+
+    Raises
+    ------
+    UsageError : unknown name, or "semi-structured" where a layer does not allow it; it is named.
+    """
+    resolved = resolve_runtime(name)
+    if name not in ("auto", "semi-structured") or (name == "auto" and device.type != "cuda"):
+        return resolved
+    for path, bitmask, d_in in layers:
+        reason = semi_structured.obstacle(bitmask, d_in, dtype, device)
+        if reason is not None and name == "auto":
+            return resolved
+        if reason is not None:
+            raise UsageError(f"{path!r} cannot be semi-structured: {reason}.")
+    return "semi-structured"
 
 
 class SparseLowRankLinear(nn.Module):
@@ -55,6 +85,7 @@ class SparseLowRankLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    _sparse: Tensor  # S in the semi-structured runtime
     row_starts: Tensor | None
 
     def __init__(
@@ -95,15 +126,19 @@ class SparseLowRankLinear(nn.Module):
         if self.runtime == "packed" and not self._needs_grad(x) and kernels.serves(x, self.weight_values):
             packed_S = self.weight_values, self._bitmask, self._row_starts()
             return kernels.packed_linear(x, *packed_S, self.lora_A, self.lora_B, self.bias)
+        if self.runtime == "semi-structured":
+            y = semi_structured.multiply(x, self._sparse, self.bias)
+            return y + linear(linear(x, self.lora_A), self.lora_B)
         S = self.weight if self.runtime == "factored" else self._unpacked()
         return linear(x, S, self.bias) + linear(linear(x, self.lora_A), self.lora_B)
 
     def set_runtime(self, runtime: str) -> None:
-        """Change the runtime in place; between packed and factored without any loss.
+        """Change the runtime in place; between all but the merged one without any loss (of the sign of zeros at most).
 
         Raises
         ------
-        UsageError : unknown runtime, or leaving the merged one, in which S, B and A no longer exist.
+        UsageError : unknown runtime; leaving the merged one, in which S, B and A no longer exist; or semi-structured
+            where device, dtype, shape or mask do not allow it.
         """
         runtime = resolve_runtime(runtime)
         if runtime == self.runtime:
@@ -113,13 +148,18 @@ class SparseLowRankLinear(nn.Module):
         with torch.no_grad():
             if runtime == "merged":
                 self._merge()
+            elif runtime == "semi-structured":
+                sparse = self._compressed(self._dense(), self._bitmask)
+                self._forget_S()
+                self._sparse = sparse
             elif runtime == "factored":
-                self._set_weight(self._unpacked())
-                del self.weight_values
-                self.row_starts = None
+                S = self._dense()
+                self._forget_S()
+                self._set_weight(S)
             else:
-                self.weight_values = nn.Parameter(self._packed_values(), requires_grad=False)
-                del self.weight
+                values = self._packed_values()
+                self._forget_S()
+                self.weight_values = nn.Parameter(values, requires_grad=False)
         self.runtime = runtime
 
     def packed_tensors(self) -> dict[str, Tensor]:
@@ -132,7 +172,7 @@ class SparseLowRankLinear(nn.Module):
         if self.runtime == "merged":
             raise UsageError("a merged layer has no packed form. Load the checkpoint with another runtime to save it.")
         return {
-            "weight_values": self._packed_values() if self.runtime == "factored" else self.weight_values,
+            "weight_values": self.weight_values if self.runtime == "packed" else self._packed_values(),
             "weight_bitmask": self._bitmask,
             "lora_A": self.lora_A,
             "lora_B": self.lora_B,
@@ -172,31 +212,63 @@ class SparseLowRankLinear(nn.Module):
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
     def _packed_values(self) -> Tensor:
-        return self.weight[self._mask()]
+        return self._dense()[self._mask()]
+
+    def _dense(self) -> Tensor:
+        """S (d_out, d_in) in any runtime but the merged one."""
+        if self.runtime == "factored":
+            return self.weight
+        return self._sparse.to_dense() if self.runtime == "semi-structured" else self._unpacked()
+
+    def _compressed(self, S: Tensor, bitmask: Tensor) -> Tensor:
+        reason = semi_structured.obstacle(bitmask, self.in_features, S.dtype, S.device)
+        if reason is not None:
+            raise UsageError(f"the layer cannot become semi-structured: {reason}.")
+        return semi_structured.compress(S)
+
+    def _forget_S(self) -> None:
+        delattr(self, {"packed": "weight_values", "factored": "weight", "semi-structured": "_sparse"}[self.runtime])
+        self.row_starts = None
 
     def _set_weight(self, weight: Tensor, *, trainable: bool = False) -> None:
         self.weight = nn.Parameter(weight, requires_grad=trainable)
 
     def _merge(self) -> None:
-        S = self.weight if self.runtime == "factored" else self._unpacked()
+        S = self._dense()
         merged = merge(S, self.lora_B, self.lora_A, S.dtype)
-        if self.runtime == "packed":
-            del self.weight_values
+        self._forget_S()
         del self.lora_A, self.lora_B, self.weight_bitmask, self.row_starts
         self._set_weight(merged, trainable=True)  # an ordinary dense layer now
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Refuse what torch's semi-structured tensors do not do."""
+        if self.runtime == "semi-structured":
+            before, after = self.lora_A, fn(self.lora_A)
+            if (before.device, before.dtype) != (after.device, after.dtype):
+                raise UsageError(
+                    "a semi-structured layer keeps its device and dtype: call set_runtime('packed') on it, move it, "
+                    "and set the runtime again."
+                )
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """A factored layer is saved packed, whatever it looks like in memory."""
+        """S is saved packed, whatever it looks like in memory."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.runtime == "factored":
-            del destination[prefix + "weight"]
+        if self.runtime in ("factored", "semi-structured"):
+            destination.pop(prefix + "weight", None)
             values = self._packed_values()
             destination[prefix + "weight_values"] = values if keep_vars else values.detach()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """The inverse: a factored layer takes packed values."""
+        """The inverse: packed values become S in the runtime of the layer."""
         self.row_starts = None
-        values = state_dict.pop(prefix + "weight_values", None) if self.runtime == "factored" else None
+        apart = self.runtime in ("factored", "semi-structured")
+        values = state_dict.pop(prefix + "weight_values", None) if apart else None
         if values is not None:
-            state_dict[prefix + "weight"] = scatter(values, state_dict[prefix + "weight_bitmask"], self.in_features)
+            bitmask = state_dict[prefix + "weight_bitmask"]
+            S = scatter(values, bitmask, self.in_features)
+            if self.runtime == "factored":
+                state_dict[prefix + "weight"] = S
+            else:
+                self._sparse = self._compressed(S.to(self.lora_A), bitmask)
         super()._load_from_state_dict(state_dict, prefix, *args)
