@@ -1,0 +1,162 @@
+"""Compressed layers on a CUDA device against dense bfloat16 ones, on the MLP shapes of LLaMA-7B, 2:4 with rank 128.
+
+    python benchmarks/gpu.py [--rank 128] [--tokens 4096] [--batches 1 4 16]
+
+Prefill: the semi-structured runtime. Decode: the packed runtime's Triton kernel, whose share of the memory bandwidth is
+given too; the ceiling is what a copy reaches. Weights are random and larger together than the cache of the device.
+
+Not run yet: no figure in this repository comes from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from _common import report
+from mendlm.errors import UsageError
+from mendlm.kernels.packed import packed_linear
+from mendlm.packing import pack_mask
+from mendlm.runtime import SparseLowRankLinear
+
+SHAPES = [(11008, 4096), (4096, 11008)]
+DTYPE = torch.bfloat16
+WORKING_SET = 2**30  # bytes that decoding goes through before it meets a weight again
+Run = Callable[[Tensor], Tensor]
+
+
+def two_of_four(d_out: int, d_in: int, rank: int) -> SparseLowRankLinear:
+    """A random packed layer whose mask keeps two of four."""
+    order = torch.rand(d_out, d_in // 4, 4, device="cuda").argsort(dim=2)
+    mask = (order < 2).reshape(d_out, d_in)
+    layer = SparseLowRankLinear(d_in, d_out, n_kept=d_out * d_in // 2, rank=rank, dtype=DTYPE, device="cuda")
+    with torch.no_grad():
+        layer.weight_bitmask.copy_(pack_mask(mask))
+        for parameter in layer.parameters():
+            parameter.normal_()
+    layer.check()
+    return layer.eval()
+
+
+def seconds(work: Callable[[], Any], repeats: int = 7) -> float:
+    """Median time of `work` on the device, after two calls that warm it up."""
+    work()
+    work()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times)
+
+
+def seconds_a_call(runs: Sequence[Run], x: Tensor) -> float:
+    """Time of a call, the `runs` one after the other in one CUDA graph, so that launches from Python cost nothing."""
+    for run in runs:  # tunes, compiles
+        run(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run(x)
+    return seconds(graph.replay) / len(runs)
+
+
+def bandwidth() -> float:
+    """Bytes a second of a copy within the device, read and written."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds(lambda: target.copy_(source))
+
+
+def must_agree(found: Tensor, expected: Tensor) -> None:
+    """A wrong product is not worth timing."""
+    error = float((found.float() - expected.float()).norm() / expected.float().norm())
+    if error > 0.02:
+        sys.exit(f"the product is wrong by {error:.2g} of its norm; nothing was timed")
+
+
+def prefill(shape: tuple[int, int], rank: int, n_tokens: int) -> dict[str, Any]:
+    layer = two_of_four(*shape, rank)
+    x = torch.randn(n_tokens, shape[1], dtype=DTYPE, device="cuda")
+    packed = layer.packed_tensors()
+    layer.set_runtime("factored")
+    dense = layer.weight.detach() + packed["lora_B"].detach() @ packed["lora_A"].detach()
+    try:
+        layer.set_runtime("semi-structured")
+    except UsageError as err:
+        sys.exit(str(err))
+    must_agree(layer(x), linear(x, dense))
+    return row("prefill", shape, n_tokens, seconds(lambda: linear(x, dense)), seconds(lambda: layer(x)))
+
+
+def decode(shape: tuple[int, int], rank: int, n_tokens: int, ceiling: float) -> dict[str, Any]:
+    x = torch.randn(n_tokens, shape[1], dtype=DTYPE, device="cuda")
+    dense_bytes = 2 * shape[0] * shape[1]
+    copies = -(-WORKING_SET // (dense_bytes // 2))
+    layers = [two_of_four(*shape, rank) for _ in range(copies)]
+    packed_bytes = sum(t.numel() * t.element_size() for t in layers[0].packed_tensors().values())
+    packed = [kernel_of(layer) for layer in layers]
+    weights = [torch.empty(shape, dtype=DTYPE, device="cuda").normal_() for _ in range(copies)]
+    dense: list[Run] = [lambda x, W=W: linear(x, W) for W in weights]
+    layers[0].set_runtime("factored")
+    must_agree(packed[0](x), layers[0](x))
+    times = seconds_a_call(dense, x), seconds_a_call(packed, x)
+    shares = {
+        "dense_bandwidth_share": dense_bytes / times[0] / ceiling,
+        "bandwidth_share": packed_bytes / times[1] / ceiling,
+    }
+    return row("decode", shape, n_tokens, *times) | shares
+
+
+def kernel_of(layer: SparseLowRankLinear) -> Run:
+    """The packed kernel, whatever the runtime would choose for so many tokens."""
+    t = {name: tensor.detach() for name, tensor in layer.packed_tensors().items()}
+    counts = torch.tensor([n.bit_count() for n in range(256)], device="cuda")[t["weight_bitmask"].int()].sum(dim=1)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(dim=0)])
+    return lambda x: packed_linear(x, t["weight_values"], t["weight_bitmask"], starts, t["lora_A"], t["lora_B"], None)
+
+
+def row(phase: str, shape: tuple[int, int], n_tokens: int, dense: float, this: float) -> dict[str, Any]:
+    return {
+        "phase": phase,
+        "layer": f"{shape[0]} x {shape[1]}",
+        "tokens": n_tokens,
+        "dense_us": 1e6 * dense,
+        "this_us": 1e6 * this,
+        "times_faster": dense / this,
+        "dense_bandwidth_share": None,
+        "bandwidth_share": None,
+    }
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=4096, help="of the prefill")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="tokens of a decoding step")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("this benchmark needs a CUDA device, and torch finds none here", file=sys.stderr)
+        sys.exit(2)
+    torch.manual_seed(0)
+    ceiling = bandwidth()
+    rows = [prefill(shape, options.rank, options.tokens) for shape in SHAPES]
+    rows += [decode(shape, options.rank, n, ceiling) for shape in SHAPES for n in options.batches]
+    notes = f"2:4, rank {options.rank}, {DTYPE}; a copy moves {ceiling / 1e9:.0f} GB/s"
+    report("gpu", "cuda", rows, notes)
+
+
+if __name__ == "__main__":
+    main()
