@@ -18,7 +18,7 @@ from mendlm.errors import CheckpointError, MissingDependencyError, NonFiniteErro
 from mendlm.evaluation._logits import device_of, text_config
 from mendlm.evaluation.text import load_tokenizer, tokenize
 from mendlm.loading import is_compressed
-from mendlm.runtime import resolve_runtime
+from mendlm.runtime import SparseLowRankLinear, resolve_runtime
 
 CONTEXT_TOKENS = 6  # of the prompt that are decoded with the first new ones: a space may hang on what is before it
 
@@ -168,11 +168,16 @@ def generate_each(
             "chat": chat,
             "device": str(device_of(loaded)),
             "dtype": dtype_of(loaded),
-            "runtime": resolve_runtime(runtime or "auto") if packed else None,
+            "runtime": _runtime_of(loaded) if packed else None,
         }
         results.append(Generation(model=str(model), prompt=prompt, settings=settings, **written))
         del loaded  # before the next one comes
     return results
+
+
+def _runtime_of(model: Any) -> str:
+    """The runtime of a compressed model: "auto" depends on the device. Merging may put the original modules back."""
+    return next((part.runtime for part in model.modules() if isinstance(part, SparseLowRankLinear)), "merged")
 
 
 class _Sampling(NamedTuple):
