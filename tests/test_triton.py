@@ -115,17 +115,21 @@ from triton.compiler import ASTSource
 from mendlm.kernels import _triton
 
 pointers = "x values bitmask row_starts h lora_B bias y".split()
-numbers = "n_tokens d_in d_out n_bytes rank".split()
+numbers = "n_tokens d_in d_out".split()
 types = {name: "*bf16" for name in pointers} | {"bitmask": "*u8", "row_starts": "*i64", "h": "*fp32"}
 types |= {name: "i32" for name in numbers}
 for tokens, tuned in ((1, _triton._multiply_one), (16, _triton._multiply_some)):
     config = tuned.configs[0]
-    constants = {"HAS_BIAS": True, "TOKENS": tokens, "WIDEN": False, **config.kwargs}
+    constants = {"n_bytes": 512, "rank": 128, "HAS_BIAS": True, "TOKENS": tokens, "WIDEN": False, **config.kwargs}
     source = ASTSource(tuned.fn, types | {name: "constexpr" for name in constants}, constants)
     options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
     kernel = compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
     assert kernel.asm["cubin"]
     assert ("mma" in kernel.asm["ptx"]) == (tokens > 1)
+    constants = {"d_in": 4096, "TOKENS": tokens, "COLUMNS": 256}
+    types_of_A = {"x": "*bf16", "lora_A": "*bf16", "h": "*fp32", "n_tokens": "i32", "rank": "i32"}
+    source = ASTSource(_triton._project, types_of_A | {name: "constexpr" for name in constants}, constants)
+    assert compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options).asm["cubin"]
 """
 
 
@@ -139,10 +143,19 @@ def test_compiles_without_a_device(capability: int, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_nothing_imports_triton_without_need() -> None:
-    code = "import sys, mendlm, mendlm.hf, mendlm.kernels.packed; print('triton' in sys.modules)"
+def test_the_kernels_are_imported_when_needed() -> None:
+    code = "import sys, mendlm, mendlm.hf, mendlm.runtime; print('mendlm.kernels._triton' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.strip() == "False", run.stderr
+
+
+def test_the_operator_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mendlm.kernels import packed
+
+    assert packed.unavailable("cuda") is None
+    monkeypatch.setattr(packed, "HAS_TRITON", False)
+    assert packed.unavailable("cuda") == "Triton is not installed"
+    assert not packed.available("mps")
 
 
 @compiled
@@ -153,3 +166,22 @@ def test_nothing_imports_triton_without_need() -> None:
 @pytest.mark.parametrize("shape", [(20, 12, 3), (1000, 301, 0), (4096, 1024, 128)], ids=str)
 def test_on_the_device(dtype: torch.dtype, n: int, shape: tuple[int, int, int]) -> None:
     check(n, *shape, 0.5, bias=True, dtype=dtype, device="cuda")
+
+
+@compiled
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.no_grad()
+def test_the_runtime_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mendlm.kernels import _triton
+    from test_runtime import make_layer
+
+    layer, _ = make_layer(dtype=torch.bfloat16)
+    merged, _ = make_layer(dtype=torch.bfloat16)
+    merged.set_runtime("merged")
+    called = []
+    kernel = _triton.packed_linear
+    monkeypatch.setattr(_triton, "packed_linear", lambda *arguments: called.append(1) or kernel(*arguments))
+    x = torch.ones(3, 20, dtype=torch.bfloat16, device="cuda")
+    torch.testing.assert_close(layer.cuda()(x), merged.cuda()(x), rtol=0.05, atol=0.1)
+    assert called
