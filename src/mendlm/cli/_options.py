@@ -49,7 +49,7 @@ RuntimeOption = Annotated[
     typer.Option(
         "--runtime",
         metavar="NAME",
-        help="How a compressed folder runs: auto, merged, factored, packed.",
+        help="How a compressed folder runs: auto, merged, factored, packed, semi-structured.",
         show_default=False,
     ),
 ]

@@ -48,7 +48,7 @@ def bench(
         typer.Option(
             "--runtimes",
             metavar="R,S,…",
-            help="merged, factored, packed, … Default: all, and why one cannot run here.",
+            help="merged, factored, packed, semi-structured. Default: all, and why one cannot run.",
             show_default=False,
         ),
     ] = None,
