@@ -17,6 +17,7 @@ from mendlm.config import parse_pattern, pattern_to_dict
 from mendlm.criteria import CRITERIA, AbstractCriterion
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats
+from mendlm.masks import _sorting_network
 from mendlm.patterns import Adjustable, Pattern, Tiles, n_kept_total
 from strategies import matrices, patterns_for, stats_for
 
@@ -232,3 +233,14 @@ class Broken(AbstractCriterion):
 
     def scores(self, W: torch.Tensor, inputs: InputStats | None, generator: torch.Generator) -> torch.Tensor:
         return W[0]
+
+
+@pytest.mark.parametrize("n", range(1, 11))
+def test_sorting_network_sorts_every_row_of_zeros_and_ones(n: int) -> None:
+    """By the zero-one principle it then sorts anything."""
+    rows = torch.cartesian_prod(*[torch.tensor([0, 1])] * n).reshape(-1, n)
+    columns = list(rows.T)
+    for i, j in _sorting_network(n):
+        assert i < j
+        columns[i], columns[j] = torch.minimum(columns[i], columns[j]), torch.maximum(columns[i], columns[j])
+    assert torch.equal(torch.stack(columns, dim=1), rows.sort(dim=1).values)

@@ -5,12 +5,17 @@ Choosing a mask is a projection: among all masks the pattern allows, the one wit
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from mendlm.linalg import compute_dtype
 from mendlm.patterns import SINGLE, Pattern
+
+# Up to this many columns (n:m), sorting whole columns against each other beats a selection in every short row.
+_SMALL_GROUP = 8
 
 
 def mask_from_scores(scores: Tensor, pattern: Pattern) -> Tensor:
@@ -62,9 +67,34 @@ def keep_largest(scores: Tensor, n_keep: int) -> Tensor:
 
 def _kth_smallest(scores: Tensor, k: int) -> Tensor:
     """k-th smallest value (from 1) of each row, (n_groups, 1)."""
+    if scores.shape[1] <= _SMALL_GROUP:
+        columns = list(scores.T.contiguous())
+        for i, j in _sorting_network(len(columns)):
+            columns[i], columns[j] = torch.minimum(columns[i], columns[j]), torch.maximum(columns[i], columns[j])
+        return columns[k - 1][:, None]
     if scores.device.type != "cpu":
         return scores.kthvalue(k, dim=1, keepdim=True).values
     # NumPy's vectorized selection: 20 times faster than torch.kthvalue here. float32 holds bf16 and fp16 exactly.
     wide = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
     ordered = np.partition(wide.numpy(), k - 1, axis=1)
     return torch.from_numpy(ordered[:, k - 1 : k].copy()).to(scores.dtype)
+
+
+@cache
+def _sorting_network(n: int) -> tuple[tuple[int, int], ...]:
+    """Pairs (i < j) to compare and exchange that sort any `n` values: Batcher's odd-even merge sort.
+
+    Comparisons with places beyond n would not exchange anything, as if the largest values stood there.
+    """
+    pairs = []
+    p = 1
+    while p < n:
+        k = p
+        while k >= 1:
+            for first in range(k % p, n - k, 2 * k):
+                for i in range(first, min(first + k, n - k)):
+                    if i // (2 * p) == (i + k) // (2 * p):
+                        pairs.append((i, i + k))
+            k //= 2
+        p *= 2
+    return tuple(pairs)
