@@ -27,10 +27,16 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 def unpack_mask(bitmask: Tensor, d_in: int) -> Tensor:
     """Bool mask (d_out, d_in) of a bitmask (d_out, ceil(d_in / 8)) uint8; the inverse of `pack_mask`."""
-    d_out = bitmask.shape[0]
-    shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
-    bits = (bitmask[:, :, None] >> shifts) & 1
-    return bits.reshape(d_out, 8 * bitmask.shape[1])[:, :d_in].bool()
+    # Eight bools of a byte are looked up at once, as one int64.
+    bools = _bits_of_bytes(bitmask.device).view(torch.int64).reshape(256)
+    mask = bools.index_select(0, bitmask.reshape(-1).int()).view(torch.bool)
+    return mask.reshape(bitmask.shape[0], 8 * bitmask.shape[1])[:, :d_in]
+
+
+def _bits_of_bytes(device: torch.device) -> Tensor:
+    """(256, 8) bool: the bits of every byte, the least significant first."""
+    everything = torch.arange(256, dtype=torch.uint8, device=device)
+    return ((everything[:, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1).bool()
 
 
 def unpack(values: Tensor, bitmask: Tensor, d_in: int) -> Tensor:
@@ -54,14 +60,19 @@ def scatter(values: Tensor, bitmask: Tensor, d_in: int) -> Tensor:
 
 def find_row_starts(bitmask: Tensor) -> Tensor:
     """Where each row begins in the values: (d_out + 1,) int64 on the bitmask's device; the last is n_kept."""
-    counts = torch.arange(256, dtype=torch.uint8, device=bitmask.device)
-    counts = unpack_mask(counts[:, None], 8).sum(dim=1, dtype=torch.uint8)
-    in_rows = counts[bitmask.int()].sum(dim=1, dtype=torch.int64)
+    counts = _bits_of_bytes(bitmask.device).sum(dim=1, dtype=torch.uint8)
+    in_bytes = counts.index_select(0, bitmask.reshape(-1).int()).reshape(bitmask.shape)
+    in_rows = in_bytes.sum(dim=1, dtype=torch.int32).long()
     return torch.nn.functional.pad(in_rows.cumsum(0), (1, 0))
 
 
-def check_packed(values: Tensor, bitmask: Tensor, d_in: int) -> None:
-    """Raise `CheckpointError` unless `values` and `bitmask` describe a matrix with `d_in` columns."""
+def check_packed(values: Tensor, bitmask: Tensor, d_in: int) -> Tensor:
+    """Row starts, as `find_row_starts`, of a matrix with `d_in` columns.
+
+    Raises
+    ------
+    CheckpointError : `values` and `bitmask` do not describe one.
+    """
     if values.ndim != 1 or bitmask.ndim != 2 or bitmask.dtype != torch.uint8:
         raise CheckpointError(
             f"packed weight must be 1-D values and a 2-D uint8 bitmask, got values of shape {tuple(values.shape)} "
@@ -69,9 +80,10 @@ def check_packed(values: Tensor, bitmask: Tensor, d_in: int) -> None:
         )
     if bitmask.shape[1] != -(-d_in // 8):
         raise CheckpointError(f"bitmask has {bitmask.shape[1]} bytes a row, {d_in} columns need {-(-d_in // 8)}.")
-    bits = unpack_mask(bitmask, bitmask.shape[1] * 8)
-    if bool(bits[:, d_in:].any()):
+    if d_in % 8 and bool((bitmask[:, -1] >> (d_in % 8)).any()):
         raise CheckpointError("a padding bit of the bitmask is set: the file is damaged.")
-    population = int(bits.sum())
+    row_starts = find_row_starts(bitmask)
+    population = int(row_starts[-1])
     if population != values.numel():
         raise CheckpointError(f"bitmask marks {population} entries as kept but there are {values.numel()} values.")
+    return row_starts

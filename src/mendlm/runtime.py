@@ -116,8 +116,7 @@ class SparseLowRankLinear(nn.Module):
 
     def check(self) -> None:
         """Raise `CheckpointError` unless values and bitmask fit each other (packed runtime only)."""
-        check_packed(self.weight_values, self._bitmask, self.in_features)
-        self.row_starts = find_row_starts(self._bitmask)
+        self.row_starts = check_packed(self.weight_values, self._bitmask, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, d_in) -> (…, d_out), in the dtype of `x`."""
