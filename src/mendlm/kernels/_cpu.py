@@ -32,7 +32,6 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def unavailable() -> str | None:
     """Why the kernel cannot be used, or None if it can."""
     if os.environ.get("MENDLM_KERNEL") == "0":

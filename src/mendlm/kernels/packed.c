@@ -54,6 +54,12 @@ static int next_piece(int64_t *counter, int64_t n, int64_t piece, int64_t *begin
     return *begin < n;
 }
 
+/* Rows of a piece: long runs for the prefetching, yet some pieces for every thread. */
+static int64_t rows_a_piece(int64_t rows, int threads) {
+    int64_t piece = rows / (8 * (threads > 0 ? threads : 1));
+    return piece < 8 ? 8 : piece > 128 ? 128 : piece;
+}
+
 /* ---- Scalars ---- */
 
 INLINE float as_float(uint32_t bits) {
@@ -405,14 +411,14 @@ INLINE void output_row(struct product *p, int64_t i, int64_t t, int tokens, spar
 
 /* What each thread does: its share of h = A x, then, once h is complete, its share of the rows. */
 INLINE void work(struct product *p, sparse_row sparse, dense_row dense, enum dtype dtype) {
-    const int64_t row_bytes = (p->d_in + 7) / 8;
+    const int64_t row_bytes = (p->d_in + 7) / 8, piece = rows_a_piece(p->d_out, p->threads);
     int64_t begin, end, t;
     while (next_piece(&p->next_factor, p->rank, 4, &begin, &end)) {
         for (t = 0; t + TILE <= p->tokens; t += TILE) factor_rows(p, begin, end, t, TILE, dense, dtype);
         for (; t < p->tokens; t++) factor_rows(p, begin, end, t, 1, dense, dtype);
     }
     barrier(p->threads);
-    while (next_piece(&p->next_row, p->d_out, 16, &begin, &end))
+    while (next_piece(&p->next_row, p->d_out, piece, &begin, &end))
         for (int64_t i = begin; i < end; i++) {
             if (!row_is_consistent(p->starts, i, p->kept, p->bits + i * row_bytes, row_bytes)) {
                 __atomic_store_n(&p->inconsistent, 1, __ATOMIC_RELAXED);
@@ -429,12 +435,13 @@ struct unpacking {
     const uint8_t *bits;
     const int64_t *starts;
     int64_t d_out, d_in, kept, next_row, inconsistent;
+    int threads;
 };
 
 INLINE void unpack_rows(struct unpacking *u, expand_row expand, enum dtype dtype) {
-    const int64_t row_bytes = (u->d_in + 7) / 8;
+    const int64_t row_bytes = (u->d_in + 7) / 8, piece = rows_a_piece(u->d_out, u->threads);
     int64_t begin, end;
-    while (next_piece(&u->next_row, u->d_out, 16, &begin, &end))
+    while (next_piece(&u->next_row, u->d_out, piece, &begin, &end))
         for (int64_t i = begin; i < end; i++) {
             const uint8_t *bits = u->bits + i * row_bytes;
             if (row_is_consistent(u->starts, i, u->kept, bits, row_bytes))
@@ -515,7 +522,8 @@ EXPORT int mendlm_unpack(void *out, const void *values, const void *bits, const 
                          int64_t d_in, int64_t kept, int dtype, int isa, int threads) {
     if (dtype < BF16 || dtype > FP32 || isa < GENERIC || isa > mendlm_isa()) return NOT_SERVED;
     struct unpacking u = {
-        .out = out, .values = values, .bits = bits, .starts = starts, .d_out = d_out, .d_in = d_in, .kept = kept};
+        .out = out, .values = values, .bits = bits, .starts = starts,
+        .d_out = d_out, .d_in = d_in, .kept = kept, .threads = threads};
     run(unpackers[dtype == FP32][isa], &u, threads);
     return u.inconsistent ? INCONSISTENT : DONE;
 }

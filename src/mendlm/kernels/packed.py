@@ -26,8 +26,7 @@ HAS_TRITON = find_spec("triton") is not None
 def unavailable(device: str = "cpu") -> str | None:
     """Why there is no kernel for a kind of device, or None if there is one. `MENDLM_KERNEL=0` turns the CPU's off."""
     if device == "cpu":
-        reason: str | None = _cpu.unavailable()
-        return reason
+        return _cpu.unavailable()
     if device != "cuda":
         return f"there is no kernel for {device!r}"
     return None if HAS_TRITON else "Triton is not installed"
@@ -46,13 +45,18 @@ def serves(x: Tensor, values: Tensor) -> bool:
         and x.dtype == values.dtype
         and x.dtype in _cpu.DTYPES
         and not torch.is_autocast_enabled(device)
-        and available(device)
+        and _has_kernel(device)
     )
+
+
+def _has_kernel(device: str) -> bool:
+    # A compiler cannot look into the search for a library, and need not: the operators fall back by themselves.
+    return torch.compiler.is_compiling() or available(device)
 
 
 def unpacks(values: Tensor) -> bool:
     """Whether `unpack` has more to offer for these values than torch."""
-    return values.device.type == "cpu" and values.dtype in _cpu.DTYPES and _cpu.unavailable() is None
+    return values.device.type == "cpu" and values.dtype in _cpu.DTYPES and _has_kernel("cpu")
 
 
 def packed_linear(
