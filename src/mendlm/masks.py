@@ -68,7 +68,7 @@ def keep_largest(scores: Tensor, n_keep: int) -> Tensor:
 def _kth_smallest(scores: Tensor, k: int) -> Tensor:
     """k-th smallest value (from 1) of each row, (n_groups, 1)."""
     if scores.shape[1] <= _SMALL_GROUP:
-        columns = list(scores.T.contiguous())
+        columns: list[Tensor] = list(scores.T.contiguous())
         for i, j in _sorting_network(len(columns)):
             columns[i], columns[j] = torch.minimum(columns[i], columns[j]), torch.maximum(columns[i], columns[j])
         return columns[k - 1][:, None]
