@@ -22,16 +22,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mendlm.checkpoints.header import TensorInfo, read_header
+from mendlm.checkpoints.plan import BITMASK, LAYOUT, METHOD, PARTS, VALUES, VERSION
 from mendlm.errors import CheckpointError, MendError, UsageError, located
 from mendlm.experts import SparseLowRankExperts, expert_layout, is_fused_experts
 from mendlm.families import STACKED_LAYOUT, is_transposed, split_expert
 from mendlm.runtime import SparseLowRankLinear, resolve_runtime
 
 logger = logging.getLogger(__name__)
-
-METHOD = "mendlm"
-VERSION = 1
-LAYOUT = "packed"
 
 
 class MendlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -370,7 +367,7 @@ def _check_all_listed(stored: Mapping[str, TensorInfo], modules: Mapping[str, An
     """Every packed layer in the files must be in config.json, or it would get random weights."""
     for name in sorted(stored):
         path, _, part = name.rpartition(".")
-        if part in ("weight_values", "weight_bitmask") and path not in modules:
+        if part in (VALUES, BITMASK) and path not in modules:
             raise CheckpointError(
                 f"the checkpoint holds {name!r} but config.json does not list {path!r} as compressed. config.json and "
                 "the weights are of different versions: fetch both again."
@@ -448,7 +445,7 @@ def _stored_tensors(files: Iterable[str]) -> dict[str, TensorInfo]:
 
 def _check_stored(path: str, layer: SparseLowRankLinear, stored: dict[str, TensorInfo]) -> None:
     """All four tensors of a layer must be there in the shapes that model and config ask for."""
-    for name in ("weight_values", "weight_bitmask", "lora_A", "lora_B"):
+    for name in PARTS:
         full = f"{path}.{name}"
         shape = tuple(getattr(layer, name).shape)
         if full not in stored:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mendlm.checkpoints.folder import open_folder
+from mendlm.checkpoints.plan import METHOD
 from mendlm.checkpoints.reader import read_json_object
 from mendlm.devices import resolve_device
 from mendlm.errors import CheckpointError, MendError, UsageError, located
@@ -75,7 +76,7 @@ def is_compressed(path: str | Path) -> bool:
     if not (folder / "config.json").is_file():
         raise UsageError(f"{str(path)!r} holds no config.json: it is not a transformers checkpoint.")
     quantization = read_json_object(folder / "config.json").get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "mendlm"
+    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
 
 
 def _runtime_for(folder: Path, name: str, dtype: torch.dtype | None, device: torch.device) -> str:

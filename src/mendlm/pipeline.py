@@ -23,7 +23,7 @@ import torch
 import mendlm
 from mendlm._memory import peak_memory_bytes
 from mendlm.checkpoints.finish import hash_files, input_files, make_config, make_index, side_files, to_json
-from mendlm.checkpoints.plan import shard_layout
+from mendlm.checkpoints.plan import LAYOUT, METHOD, VERSION, shard_layout
 from mendlm.checkpoints.reader import CONFIG_FILE, INDEX_FILE, Checkpoint, open_checkpoint
 from mendlm.checkpoints.staging import (
     check_space,
@@ -329,9 +329,9 @@ def _finish(checkpoint: Checkpoint, run: Run, records: tuple[TensorRecord, ...],
     for name in names:
         copy_file(checkpoint.folder / name, folder / name)
     quantization = {
-        "quant_method": "mendlm",
-        "version": 1,
-        "layout": "packed",
+        "quant_method": METHOD,
+        "version": VERSION,
+        "layout": LAYOUT,
         "guard": plan.guard.name,
         "modules": {t.module: {"n_kept": t.n_kept, "rank": t.rank} for t in plan.compressed},
     }

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from mendlm.checkpoints.header import FLOATING, TensorInfo
+from mendlm.checkpoints.plan import LAYOUT, PARTS, VALUES
 from mendlm.checkpoints.reader import Checkpoint, Shard, open_checkpoint, read_chunks, read_tensor
 from mendlm.checkpoints.staging import has_partial
 from mendlm.errors import CheckpointError, UsageError
-
-_PARTS = ("weight_values", "weight_bitmask", "lora_A", "lora_B")
 
 
 class Part(NamedTuple):
@@ -94,13 +93,13 @@ def open_folder(path: Path) -> Folder:
     quantization = checkpoint.config.get("quantization_config")
     if quantization is None:
         return Folder(checkpoint, "dense", {}, parts)
-    if quantization.get("layout") != "packed":
-        raise UsageError(f"{str(path)!r} has layout {quantization.get('layout')!r}, this mendlm knows 'packed'.")
-    stems = sorted(name.removesuffix(_PARTS[0]) for name in parts if name.endswith(f".{_PARTS[0]}"))
+    if quantization.get("layout") != LAYOUT:
+        raise UsageError(f"{str(path)!r} has layout {quantization.get('layout')!r}, this mendlm knows {LAYOUT!r}.")
+    stems = sorted(name.removesuffix(VALUES) for name in parts if name.endswith(f".{VALUES}"))
     packed = {f"{stem}weight": _gather(stem, parts) for stem in stems}
     # An empty tensor of the weight's own name may stand beside its parts: the guard against loading without mendlm.
     # For experts that were stacked in the input it is the stack's name.
-    owned = {f"{stem}{part}" for stem in stems for part in (*_PARTS, "weight")} | {quantization.get("guard")}
+    owned = {f"{stem}{part}" for stem in stems for part in (*PARTS, "weight")} | {quantization.get("guard")}
     copied = {name: part for name, part in parts.items() if name not in owned}
     return Folder(checkpoint, "packed", packed, copied)
 
@@ -110,10 +109,10 @@ def _by_name(shards: Iterable[Shard]) -> dict[str, Part]:
 
 
 def _gather(stem: str, parts: Mapping[str, Part]) -> Packed:
-    missing = [part for part in _PARTS if f"{stem}{part}" not in parts]
+    missing = [part for part in PARTS if f"{stem}{part}" not in parts]
     if missing:
         raise CheckpointError(f"'{stem}weight' lacks its {missing[0]}. The folder is incomplete: fetch it again.")
-    packed = Packed(*(parts[f"{stem}{part}"] for part in _PARTS))
+    packed = Packed(*(parts[f"{stem}{part}"] for part in PARTS))
     mask, A, B = (part.info.shape for part in packed[1:])
     if not (len(mask) == len(A) == len(B) == 2 and B == (mask[0], A[0]) and mask[1] == -(-A[1] // 8)):
         raise CheckpointError(

@@ -14,7 +14,9 @@ from mendlm.checkpoints.reader import Shard
 from mendlm.checkpoints.writer import ShardLayout
 from mendlm.patterns import Pattern
 
-VALUES, BITMASK, LORA_A, LORA_B = "weight_values", "weight_bitmask", "lora_A", "lora_B"
+# The format as config.json names it, and the tensors that a compressed weight is stored as (docs/format.md).
+METHOD, VERSION, LAYOUT = "mendlm", 1, "packed"
+PARTS = VALUES, BITMASK, LORA_A, LORA_B = "weight_values", "weight_bitmask", "lora_A", "lora_B"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class PlannedTensor:
         """Names of the stored tensors, in the order in which their bytes are written and checked."""
         if self.action == "copy":
             return (self.name,)
-        return tuple(f"{self.module}.{part}" for part in (VALUES, BITMASK, LORA_A, LORA_B))
+        return tuple(f"{self.module}.{part}" for part in PARTS)
 
     def layout(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """(name, dtype, shape) of the stored tensors."""
