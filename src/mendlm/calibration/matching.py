@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mendlm.calibration.activations import Activations
-from mendlm.decomposition import merge
 from mendlm.errors import UsageError
+from mendlm.execution.tensor import dense_weight
 from mendlm.linalg import all_finite
 from mendlm.packing import unpack, unpack_mask
 
@@ -52,8 +52,7 @@ class PackedWeight:
 
     def dense(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The weight as the module has it, merged as the merged runtime does."""
-        values, bitmask, A, B = (part.to(device) for part in self.parts)
-        W = merge(unpack(values, bitmask, self.d_in), B, A, dtype)
+        W = dense_weight([part.to(device) for part in self.parts], self.d_in, dtype)
         return W.T if self.transposed else W
 
 

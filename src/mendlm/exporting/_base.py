@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mendlm.checkpoints.folder import Packed
 from mendlm.checkpoints.header import FLOATING
+from mendlm.checkpoints.plan import METHOD, VERSION
 from mendlm.decomposition import SparseLowRank
 from mendlm.errors import CheckpointError, UsageError
 from mendlm.families import is_transposed
@@ -123,14 +124,15 @@ class Layout(ABC):
     ----------
     name : of the layout, for ``--to``.
     summary : one line for people.
-    is_checkpoint : whether the folder, or its subfolder `base`, is an ordinary transformers checkpoint.
+    mark : layout that config.json names, so that no loader takes the folder for an ordinary checkpoint; None if it, or
+        its subfolder `base`, is one.
     base : subfolder of the checkpoint; "" for the folder itself.
     stacks : whether experts that the input had in 3-D tensors are stacked again.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    is_checkpoint: ClassVar[bool] = True
+    mark: ClassVar[str | None] = None
     base: ClassVar[str] = ""
     stacks: ClassVar[bool] = False
 
@@ -156,7 +158,12 @@ class Layout(ABC):
 
     def config(self, source: Source) -> Mapping[str, Any]:
         """config.json of the checkpoint."""
-        return source.config
+        if self.mark is None:
+            return source.config
+        return {
+            **source.config,
+            "quantization_config": {"quant_method": METHOD, "version": VERSION, "layout": self.mark},
+        }
 
     @abstractmethod
     def card(self, dest: str) -> str:

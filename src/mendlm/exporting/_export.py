@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import mendlm
 from mendlm.checkpoints.finish import make_index, side_files, to_json
 from mendlm.checkpoints.folder import Folder, open_folder
+from mendlm.checkpoints.plan import VERSION
 from mendlm.checkpoints.reader import CONFIG_FILE, INDEX_FILE, as_bytes, read_chunks
 from mendlm.checkpoints.staging import Staging, check_space, check_target, open_staging
 from mendlm.checkpoints.writer import ShardLayout, ShardWriter, copy_file, write_file
@@ -26,13 +25,13 @@ from mendlm.exporting.factored import Factored
 from mendlm.exporting.peft import Peft
 from mendlm.exporting.semi_structured import SemiStructured
 from mendlm.families import STACKED_LAYOUT, split_expert
+from mendlm.linalg import all_finite
 from mendlm.names import lookup
 from mendlm.pipeline import stat_inputs
 from mendlm.report.records import MANIFEST_FILE, read_manifest
 
 LAYOUTS: dict[str, type[Layout]] = {layout.name: layout for layout in (Dense, Peft, SemiStructured, Factored)}
 EXPORT_FILE = "mendlm.export.json"
-FORMAT_VERSION = 1
 _SLACK_BYTES = 2**20
 
 
@@ -64,9 +63,13 @@ class ExportResult:
 
 @dataclass(frozen=True)
 class _Job:
-    """Some tensors to write and where their bytes come from: for each tensor an iterable of chunks."""
+    """Some tensors to write and where their bytes come from: for each tensor an iterable of chunks.
+
+    `n_layers` is the number of compressed weights among them.
+    """
 
     name: str
+    n_layers: int
     stored: Sequence[Stored]
     chunks: Callable[[], Iterable[Iterable[memoryview]]]
 
@@ -162,10 +165,10 @@ def _open(folder: Path) -> Folder:
     if opened.layout == "dense":
         raise UsageError(f"{str(folder)!r} is not compressed by mendlm. Give a folder that mendlm compress wrote.")
     quantization = opened.config["quantization_config"]
-    if quantization.get("version") != FORMAT_VERSION:
+    if quantization.get("version") != VERSION:
         raise CheckpointError(
             f"{str(folder)!r} has format version {quantization.get('version')!r}; this mendlm reads version "
-            f"{FORMAT_VERSION}. Install the mendlm that wrote it, or a newer one."
+            f"{VERSION}. Install the mendlm that wrote it, or a newer one."
         )
     _check_modules(quantization.get("modules"), opened)
     return opened
@@ -207,14 +210,14 @@ def _jobs(opened: Folder, source: Source, layout: Layout) -> list[_Job]:
     jobs = []
     for name, part in opened.copied.items():
         stored = Stored(base + part.shard.name, name, part.info.dtype, part.info.shape)
-        jobs.append(_Job(name, [stored], lambda part=part: [read_chunks(part.shard, part.info)]))  # type: ignore[misc]
+        jobs.append(_Job(name, 0, [stored], lambda part=part: [read_chunks(part.shard, part.info)]))  # type: ignore[misc]
     stacks: dict[str, list[Layer]] = defaultdict(list)
     for layer in source.layers:
         if layout.stacks and (stack := _stack_of(layer, opened)):
             stacks[stack].append(layer)
             continue
         stored_parts = layout.stored(layer, layer.packed.values.shard.name)
-        jobs.append(_Job(layer.path, stored_parts, lambda layer=layer: _chunks(layout, layer)))  # type: ignore[misc]
+        jobs.append(_Job(layer.path, 1, stored_parts, lambda layer=layer: _chunks(layout, layer)))  # type: ignore[misc]
     for stack, members in stacks.items():
         jobs.append(_stacked(stack, members, layout))
     return jobs
@@ -222,7 +225,7 @@ def _jobs(opened: Folder, source: Source, layout: Layout) -> list[_Job]:
 
 def _chunks(layout: Layout, layer: Layer) -> Iterator[list[memoryview]]:
     for tensor in layout.tensors(layer):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise CheckpointError("a value is NaN or infinite. Compress the model again.")
         yield [as_bytes(tensor)] if tensor.numel() else []
 
@@ -253,7 +256,7 @@ def _stacked(stack: str, members: list[Layer], layout: Layout) -> _Job:
     def chunks() -> Iterator[Iterator[memoryview]]:
         yield (chunk for index in range(len(members)) for part in _chunks(layout, by_index[index]) for chunk in part)
 
-    return _Job(stack, [stored], chunks)
+    return _Job(stack, len(members), [stored], chunks)
 
 
 def _shard_layouts(jobs: Iterable[_Job]) -> dict[str, ShardLayout]:
@@ -282,10 +285,9 @@ def _write(
                     writers[stored.file].write(stored.name, chunks)
             except MendError as err:
                 raise located(err, job.name) from err
-            if len(job.stored) > 1 or job.name != job.stored[0].name:
-                done += 1
-                if progress is not None:
-                    progress(done, n_layers, job.name)
+            done += job.n_layers
+            if job.n_layers and progress is not None:
+                progress(done, n_layers, job.name)
         for writer in writers.values():
             writer.sync()
 
@@ -311,9 +313,7 @@ def _finish(
     write_file(base / CONFIG_FILE, to_json(layout.config(source)))
     if checkpoint.index is not None:
         prefix = f"{layout.base}/" if layout.base else ""
-        own = [shard for file, shard in shards.items() if file.startswith(prefix) and "/" not in file[len(prefix) :]]
-        names = {shard.name for shard in checkpoint.shards}
-        inner = [_renamed(shard, prefix) for shard in own if shard.name.removeprefix(prefix) in names]
+        inner = [_renamed(shards[prefix + shard.name], shard.name) for shard in checkpoint.shards]
         write_file(base / INDEX_FILE, to_json(make_index(checkpoint, inner)))
     for name, content in layout.files(source).items():
         write_file(folder / name, content)
@@ -335,7 +335,7 @@ def _finish(
     write_file(folder / CARD_FILE, card.encode())
 
 
-def _renamed(shard: ShardLayout, prefix: str) -> ShardLayout:
+def _renamed(shard: ShardLayout, name: str) -> ShardLayout:
     """The layout as seen from its own folder."""
     tensors = [(info.name, info.dtype, info.shape) for info in shard.infos.values()]
-    return ShardLayout(shard.name.removeprefix(prefix), tensors, {"format": "pt"})
+    return ShardLayout(name, tensors, {"format": "pt"})

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from mendlm.decomposition import merge
+from mendlm.checkpoints.header import FLOATING
+from mendlm.execution.tensor import dense_weight
 from mendlm.exporting._base import Layer, Layout, Stored
 
 
@@ -23,8 +24,7 @@ class Dense(Layout):
 
     def tensors(self, layer: Layer) -> Iterator[Tensor]:
         """S + B @ A."""
-        out = layer.read()
-        W = merge(out.S, out.B, out.A, out.S.dtype)
+        W = dense_weight([part.read() for part in layer.packed], layer.shape[1], FLOATING[layer.dtype])
         yield W.T.contiguous() if layer.transposed else W
 
     def card(self, dest: str) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from mendlm.exporting._base import Layer, Layout, Source, Stored
+from mendlm.exporting._base import Layer, Layout, Stored
 
 
 class Factored(Layout):
@@ -18,7 +17,7 @@ class Factored(Layout):
 
     name = "safetensors-factored"
     summary = "S with its zeros, A and B as plain tensors X.S, X.lora_A, X.lora_B, for other programs"
-    is_checkpoint = False
+    mark = "factored"
 
     def stored(self, layer: Layer, file: str) -> Sequence[Stored]:
         """S and the factors."""
@@ -30,10 +29,6 @@ class Factored(Layout):
         """Bit for bit what is stored."""
         out = layer.read()
         yield from (out.S, out.A, out.B)
-
-    def config(self, source: Source) -> Mapping[str, Any]:
-        """Marked, so that no loader takes it for an ordinary checkpoint."""
-        return {**source.config, "quantization_config": {"quant_method": "mendlm", "version": 1, "layout": "factored"}}
 
     def card(self, dest: str) -> str:
         """How to read it."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor
+from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
+from mendlm.checkpoints.header import FLOATING
 from mendlm.errors import UsageError
 from mendlm.exporting._base import Layer, Layout, Source, Stored, refuse_experts
 from mendlm.families import split_expert
-
-ROWS, COLUMNS = 32, 64  # torch's kernels for 16-bit weights want multiples of these
+from mendlm.kernels.semi_structured import DTYPES, is_two_of_four
 
 
 class SemiStructured(Layout):
@@ -23,26 +22,32 @@ class SemiStructured(Layout):
 
     name = "semi-structured"
     summary = "2:4 weights as torch's CUDA kernels take them (packed values and metadata), A and B beside them"
-    is_checkpoint = False
+    mark = name
 
     def check(self, source: Source) -> None:
-        """Raise `UsageError` unless every layer has 16-bit weights of a shape that the kernels serve."""
+        """Raise `UsageError` unless every layer is 2:4 and has 16-bit weights of a shape that the kernels serve."""
         for layer in source.layers:
             if split_expert(layer.path) is not None:
                 raise refuse_experts(layer, "torch's sparse kernels serve single matrices.")
-            if layer.dtype not in ("BF16", "F16"):
+            dtype = FLOATING[layer.dtype]
+            if dtype not in DTYPES:
                 raise UsageError(
                     f"{layer.path!r} is stored as {layer.dtype}; torch's 2:4 kernels take BF16 and F16. "
                     "Compress with --dtype bfloat16."
                 )
             d_out, d_in = layer.shape
-            if d_out % ROWS or d_in % COLUMNS:
+            least = SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS[dtype]
+            rows, columns = least.sparse_min_rows, least.sparse_min_cols
+            if d_out % rows or d_in % columns:
                 raise UsageError(
-                    f"{layer.path!r} has shape {d_out}×{d_in}; torch's 2:4 kernels need multiples of {ROWS}×{COLUMNS}. "
+                    f"{layer.path!r} has shape {d_out}×{d_in}; torch's 2:4 kernels need multiples of {rows}×{columns}. "
                     "Export --to safetensors-factored or dense."
                 )
-            if 2 * layer.packed.n_kept > d_out * d_in:
-                raise _not_2_4(layer)
+            if not is_two_of_four(layer.packed.bitmask.read()):
+                raise UsageError(
+                    f"{layer.path!r} is not 2:4: some four columns keep more than two entries. Compress with "
+                    "--pattern 2:4, or export --to safetensors-factored."
+                )
 
     def stored(self, layer: Layer, file: str) -> Sequence[Stored]:
         """Values, metadata, factors."""
@@ -56,20 +61,13 @@ class SemiStructured(Layout):
         ]
 
     def tensors(self, layer: Layer) -> Iterator[Tensor]:
-        """Converted by torch; raises `UsageError` if S is not 2:4."""
+        """Converted by torch."""
         from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
         convert: Callable[[Tensor], tuple[Tensor, Tensor]] = sparse_semi_structured_from_dense_cutlass
         out = layer.read()
-        if int(out.mask.reshape(-1, 4).sum(dim=1, dtype=torch.uint8).max()) > 2:
-            raise _not_2_4(layer)
         packed, meta = convert(out.S)
         yield from (packed.contiguous(), meta.contiguous(), out.A, out.B)
-
-    def config(self, source: Source) -> Mapping[str, Any]:
-        """Marked, so that no loader takes it for an ordinary checkpoint."""
-        mark = {"quant_method": "mendlm", "version": 1, "layout": self.name}
-        return {**source.config, "quantization_config": mark}
 
     def card(self, dest: str) -> str:
         """How to use the tensors."""
@@ -91,10 +89,3 @@ S = torch.sparse.SparseSemiStructuredTensorCUTLASS(
 y = torch.nn.functional.linear(x, S) + x @ A.T @ B.T
 ```
 """
-
-
-def _not_2_4(layer: Layer) -> UsageError:
-    return UsageError(
-        f"{layer.path!r} is not 2:4: some four columns keep more than two entries. Compress with --pattern 2:4, "
-        "or export --to safetensors-factored."
-    )
