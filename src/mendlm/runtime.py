@@ -127,9 +127,9 @@ class SparseLowRankLinear(nn.Module):
             return kernels.packed_linear(x, *packed_S, self.lora_A, self.lora_B, self.bias)
         if self.runtime == "semi-structured":
             y = semi_structured.multiply(x, self._sparse, self.bias)
-            return y + linear(linear(x, self.lora_A), self.lora_B)
-        S = self.weight if self.runtime == "factored" else self._unpacked()
-        return linear(x, S, self.bias) + linear(linear(x, self.lora_A), self.lora_B)
+        else:
+            y = linear(x, self._dense(), self.bias)
+        return y + linear(linear(x, self.lora_A), self.lora_B)
 
     def set_runtime(self, runtime: str) -> None:
         """Change the runtime in place; between all but the merged one without any loss (of the sign of zeros at most).
