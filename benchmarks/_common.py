@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from mendlm.devices import cpu_name
+
 ROOT = Path(__file__).resolve().parents[1]
 SMOLLM2 = ROOT / "work" / "smollm2-135m"
 
@@ -80,14 +82,6 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit.stdout.strip(),
     }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def report(name: str, device: str, rows: list[dict[str, Any]], notes: str = "") -> None:

@@ -122,8 +122,7 @@ def decode(shape: tuple[int, int], rank: int, n_tokens: int, ceiling: float) -> 
 def kernel_of(layer: SparseLowRankLinear) -> Run:
     """The packed kernel, whatever the runtime would choose for so many tokens."""
     t = {name: tensor.detach() for name, tensor in layer.packed_tensors().items()}
-    counts = torch.tensor([n.bit_count() for n in range(256)], device="cuda")[t["weight_bitmask"].int()].sum(dim=1)
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(dim=0)])
+    starts = layer.row_starts
     return lambda x: packed_linear(x, t["weight_values"], t["weight_bitmask"], starts, t["lora_A"], t["lora_B"], None)
 
 

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mendlm.devices import DTYPES
 from mendlm.errors import UsageError
 from mendlm.evaluation._logits import device_of
 from mendlm.names import lookup
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def inference_dtype(dtype: str | torch.dtype | None, device: str | torch.device | None) -> torch.dtype | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mendlm._inference import CachedReader, dtype_of, open_model, vocab_size
 from mendlm._memory import peak_memory_bytes
+from mendlm.devices import cpu_name
 from mendlm.errors import UsageError
 from mendlm.evaluation._logits import device_of, text_config
 
@@ -73,7 +74,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "facts": {
             "dtype": dtype_of(model),
             "threads": torch.get_num_threads(),
-            "device_name": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+            "device_name": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
@@ -126,12 +127,3 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
     names, _ = tensor.__tensor_flatten__()
     for name in names:
         yield from _parts(getattr(tensor, name))
-
-
-def _cpu_name() -> str:
-    """Of the processor, where the system says it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -1,10 +1,16 @@
-"""Names of devices, checked before any work."""
+"""Names of devices and dtypes, checked before any work."""
 
 from __future__ import annotations
+
+import platform
+from pathlib import Path
 
 import torch
 
 from mendlm.errors import UsageError
+
+# The dtypes that models are stored and computed in, by the names that users give.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -28,3 +34,12 @@ def resolve_device(name: str) -> torch.device:
                 "Use 'cpu', or install a CUDA build of torch."
             )
     return device
+
+
+def cpu_name() -> str:
+    """Of the processor, where the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

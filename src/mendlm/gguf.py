@@ -18,10 +18,9 @@ from torch import Tensor
 
 from mendlm._gguf_file import GGUFFile
 from mendlm._quiet import quiet_transformers
+from mendlm.devices import DTYPES
 from mendlm.errors import CheckpointError, NonFiniteError, StorageError, UsageError
 from mendlm.names import lookup
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What transformers raises on a GGUF it cannot take: it has no error class of its own for that.
 _LOAD_ERRORS = (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OSError, ImportError)

@@ -27,15 +27,7 @@ def packed_linear(
     lora_B: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """(…, d_in) -> (…, d_out), contiguous, in the dtype of `x`; sums in float32, rounded once. No gradients.
-
-    Parameters
-    ----------
-    x : (…, d_in) input, float32, bfloat16 or float16; its dtype is that of values, factors and bias.
-    values, bitmask : S as in `mendlm.packing`: (n_kept,), and (d_out, ceil(d_in / 8)) uint8.
-    row_starts : (d_out + 1,) int64, where each row begins in `values`.
-    lora_A, lora_B : (rank, d_in), (d_out, rank); rank may be 0.
-    bias : (d_out,) or None.
+    """`mendlm.kernels.packed.packed_linear`, which checks the shapes.
 
     Raises
     ------

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,35 +93,54 @@ def unpack(values: Tensor, bitmask: Tensor, row_starts: Tensor, d_in: int) -> Te
     return S
 
 
-def _packed_linear_on_cpu(
-    x: Tensor,
-    values: Tensor,
-    bitmask: Tensor,
-    row_starts: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    _check(x, values, bitmask, row_starts, lora_A, lora_B, bias)
+class _Operands(NamedTuple):
+    """What `packed_linear` takes, in the order of the operator."""
+
+    x: Tensor
+    values: Tensor
+    bitmask: Tensor
+    row_starts: Tensor
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None
+
+    def check(self) -> None:
+        """Nothing may be read outside a tensor, whoever calls the operator."""
+        x, values, bitmask, row_starts, A, B, bias = self
+        d_in, d_out = x.shape[-1], bitmask.shape[0]
+        _check_layout(values, bitmask, row_starts, d_in)
+        fits = A.ndim == B.ndim == 2 and A.shape == (B.shape[1], d_in) and B.shape[0] == d_out
+        if not fits or (bias is not None and bias.shape != (d_out,)):
+            raise UsageError(
+                f"S of shape {(d_out, d_in)} has factors A {tuple(A.shape)}, B {tuple(B.shape)} and bias "
+                f"{None if bias is None else tuple(bias.shape)}; A must be (rank, d_in), B (d_out, rank), "
+                "bias (d_out,)."
+            )
+        if not x.dtype == values.dtype == A.dtype == B.dtype == (x.dtype if bias is None else bias.dtype):
+            raise UsageError("input, values, factors and bias must have one dtype.")
+
+
+def _packed_linear_on_cpu(*tensors: Any) -> Tensor:
+    operands = _Operands(*tensors)
+    operands.check()
+    x, values, bitmask, _, A, B, bias = operands
     if x.dtype in _cpu.DTYPES and _cpu.unavailable() is None:
-        return _cpu.packed_linear(x, values, bitmask, row_starts, lora_A, lora_B, bias)
+        return _cpu.packed_linear(*operands)
     S = scatter(values, bitmask, x.shape[-1])
-    return linear(x, S, bias) + linear(linear(x, lora_A), lora_B)
+    return linear(x, S, bias) + linear(linear(x, A), B)
 
 
-def _packed_linear_on_cuda(
-    x: Tensor,
-    values: Tensor,
-    bitmask: Tensor,
-    row_starts: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
+def _packed_linear_on_cuda(*tensors: Any) -> Tensor:
     from mendlm.kernels import _triton
 
-    _check(x, values, bitmask, row_starts, lora_A, lora_B, bias)
-    return _triton.packed_linear(x, values, bitmask, row_starts, lora_A, lora_B, bias)
+    operands = _Operands(*tensors)
+    operands.check()
+    return _triton.packed_linear(*operands)
+
+
+def _packed_linear_shape(*tensors: Any) -> Tensor:
+    operands = _Operands(*tensors)
+    return operands.x.new_empty(*operands.x.shape[:-1], operands.B.shape[0])
 
 
 def _unpack_on_cpu(values: Tensor, bitmask: Tensor, row_starts: Tensor, d_in: int) -> Tensor:
@@ -129,18 +148,6 @@ def _unpack_on_cpu(values: Tensor, bitmask: Tensor, row_starts: Tensor, d_in: in
     if unpacks(values):
         return _cpu.unpack(values, bitmask, row_starts, d_in)
     return scatter(values, bitmask, d_in)
-
-
-def _packed_linear_shape(
-    x: Tensor,
-    values: Tensor,
-    bitmask: Tensor,
-    row_starts: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], lora_B.shape[0])
 
 
 def _unpack_shape(values: Tensor, bitmask: Tensor, row_starts: Tensor, d_in: int) -> Tensor:
@@ -159,28 +166,6 @@ _operators.impl("packed_linear", _packed_linear_on_cuda, "CUDA")
 _operators.impl("unpack", _unpack_on_cpu, "CPU")
 torch.library.register_fake("mendlm::packed_linear", _packed_linear_shape, lib=_operators)
 torch.library.register_fake("mendlm::unpack", _unpack_shape, lib=_operators)
-
-
-def _check(
-    x: Tensor,
-    values: Tensor,
-    bitmask: Tensor,
-    row_starts: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-) -> None:
-    """Nothing may be read outside a tensor, whoever calls the operator."""
-    d_in, d_out = x.shape[-1], bitmask.shape[0]
-    _check_layout(values, bitmask, row_starts, d_in)
-    fitting = lora_A.ndim == lora_B.ndim == 2 and lora_A.shape == (lora_B.shape[1], d_in) and lora_B.shape[0] == d_out
-    if not fitting or (bias is not None and bias.shape != (d_out,)):
-        raise UsageError(
-            f"S of shape {(d_out, d_in)} has factors A {tuple(lora_A.shape)}, B {tuple(lora_B.shape)} and bias "
-            f"{None if bias is None else tuple(bias.shape)}; A must be (rank, d_in), B (d_out, rank), bias (d_out,)."
-        )
-    if not x.dtype == values.dtype == lora_A.dtype == lora_B.dtype == (x.dtype if bias is None else bias.dtype):
-        raise UsageError("input, values, factors and bias must have one dtype.")
 
 
 def _check_layout(values: Tensor, bitmask: Tensor, row_starts: Tensor, d_in: int) -> None:
