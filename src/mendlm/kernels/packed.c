@@ -217,6 +217,15 @@ AVX2 INLINE float sum8(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
+/* 16 columns of a row, with their part of each token. */
+AVX2 INLINE void add8x2(__m256 (*total)[2], int tokens, __m256 v0, __m256 v1, const float *x, int64_t stride) {
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; t++) {
+        total[t][0] = _mm256_fmadd_ps(v0, _mm256_loadu_ps(x + t * stride), total[t][0]);
+        total[t][1] = _mm256_fmadd_ps(v1, _mm256_loadu_ps(x + t * stride + 8), total[t][1]);
+    }
+}
+
 AVX2 INLINE void sparse_avx2(float *sum, int tokens, const char *values, int64_t readable, const uint8_t *bits,
                              int64_t d_in, const float *x, const float *xs, int64_t stride, enum dtype dtype) {
     (void)xs;
@@ -230,11 +239,7 @@ AVX2 INLINE void sparse_avx2(float *sum, int tokens, const char *values, int64_t
         k += __builtin_popcount(low);
         __m256 v1 = spread8(at(values, k, dtype), high, dtype);
         k += __builtin_popcount(high);
-#pragma GCC unroll 4
-        for (int t = 0; t < tokens; t++) {
-            total[t][0] = _mm256_fmadd_ps(v0, _mm256_loadu_ps(x + t * stride + j), total[t][0]);
-            total[t][1] = _mm256_fmadd_ps(v1, _mm256_loadu_ps(x + t * stride + j + 8), total[t][1]);
-        }
+        add8x2(total, tokens, v0, v1, x + j, stride);
     }
     sparse_tail(sum, tokens, at(values, k, dtype), bits, j, d_in, x, stride, dtype);
     for (int t = 0; t < tokens; t++) sum[t] += sum8(_mm256_add_ps(total[t][0], total[t][1]));
@@ -248,11 +253,7 @@ AVX2 INLINE void dense_avx2(float *sum, int tokens, const char *row, int64_t n, 
     int64_t j = 0;
     for (; j + 16 <= n; j += 16) {
         __m256 v0 = load8(at(row, j, dtype), dtype), v1 = load8(at(row, j + 8, dtype), dtype);
-#pragma GCC unroll 4
-        for (int t = 0; t < tokens; t++) {
-            total[t][0] = _mm256_fmadd_ps(v0, _mm256_loadu_ps(x + t * stride + j), total[t][0]);
-            total[t][1] = _mm256_fmadd_ps(v1, _mm256_loadu_ps(x + t * stride + j + 8), total[t][1]);
-        }
+        add8x2(total, tokens, v0, v1, x + j, stride);
     }
     dense_tail(sum, tokens, row, j, n, x, stride, dtype);
     for (int t = 0; t < tokens; t++) sum[t] += sum8(_mm256_add_ps(total[t][0], total[t][1]));
@@ -294,6 +295,15 @@ AVX512 INLINE void widen(__m512i v, __m512 *first, __m512 *second, enum dtype dt
     }
 }
 
+/* 32 columns of a row, with their part of each token. */
+AVX512 INLINE void add16x2(__m512 (*total)[2], int tokens, __m512 v0, __m512 v1, const float *x, int64_t stride) {
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; t++) {
+        total[t][0] = _mm512_fmadd_ps(v0, _mm512_loadu_ps(x + t * stride), total[t][0]);
+        total[t][1] = _mm512_fmadd_ps(v1, _mm512_loadu_ps(x + t * stride + 16), total[t][1]);
+    }
+}
+
 AVX512 INLINE void sparse_avx512(float *sum, int tokens, const char *values, int64_t readable, const uint8_t *bits,
                                  int64_t d_in, const float *x, const float *xs, int64_t stride, enum dtype dtype) {
     const float *xv = dtype == BF16 ? xs : x;
@@ -313,11 +323,7 @@ AVX512 INLINE void sparse_avx512(float *sum, int tokens, const char *values, int
             widen(_mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(p)), &v0, &v1, dtype);
         }
         k += __builtin_popcount(mask);
-#pragma GCC unroll 4
-        for (int t = 0; t < tokens; t++) {
-            total[t][0] = _mm512_fmadd_ps(v0, _mm512_loadu_ps(xv + t * stride + j), total[t][0]);
-            total[t][1] = _mm512_fmadd_ps(v1, _mm512_loadu_ps(xv + t * stride + j + 16), total[t][1]);
-        }
+        add16x2(total, tokens, v0, v1, xv + j, stride);
     }
     sparse_tail(sum, tokens, at(values, k, dtype), bits, j, d_in, x, stride, dtype);
     for (int t = 0; t < tokens; t++) sum[t] += _mm512_reduce_add_ps(_mm512_add_ps(total[t][0], total[t][1]));
@@ -337,11 +343,7 @@ AVX512 INLINE void dense_avx512(float *sum, int tokens, const char *row, int64_t
         } else {
             widen(_mm512_loadu_si512(p), &v0, &v1, dtype);
         }
-#pragma GCC unroll 4
-        for (int t = 0; t < tokens; t++) {
-            total[t][0] = _mm512_fmadd_ps(v0, _mm512_loadu_ps(xv + t * stride + j), total[t][0]);
-            total[t][1] = _mm512_fmadd_ps(v1, _mm512_loadu_ps(xv + t * stride + j + 16), total[t][1]);
-        }
+        add16x2(total, tokens, v0, v1, xv + j, stride);
     }
     dense_tail(sum, tokens, row, j, n, x, stride, dtype);
     for (int t = 0; t < tokens; t++) sum[t] += _mm512_reduce_add_ps(_mm512_add_ps(total[t][0], total[t][1]));
