@@ -18,6 +18,7 @@ from mendlm.config import Recipe
 from mendlm.errors import UsageError
 from mendlm.names import lookup
 from mendlm.recipe_errors import FieldPath, RecipeError, field_name
+from mendlm.refiners import PruneOnly
 
 R = TypeVar("R", bound=Recipe)
 Lines = dict[FieldPath, int]
@@ -55,6 +56,27 @@ def preset(name: str) -> str:
     UsageError : no preset has that name.
     """
     return lookup(dict(zip(PRESETS, PRESETS, strict=True)), name, "preset")
+
+
+def put_over(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The `fields` of a resolved recipe with those that were `given` put over them.
+
+    One that changes the refiner takes the old refiner's own settings (n_iter, solver, options) with it, and to or from
+    one without a low-rank part the rank; one that changes the criterion takes its options, and its scope.
+    """
+    kept = dict(fields)
+    if given.get("criterion", kept["criterion"]) != kept["criterion"]:
+        kept["criterion_options"] = {}
+        if "scope" in kept["pattern"]:
+            kept["pattern"] = {"sparsity": kept["pattern"]["sparsity"]}
+    if given.get("refiner", kept["refiner"]) != kept["refiner"]:
+        dropped = {"n_iter", "solver", "refiner_options"}
+        if PruneOnly.name in (given["refiner"], kept["refiner"]):
+            dropped.add("rank")
+        if kept["metric"] != "auto" and kept["refiner"] == PruneOnly.name:
+            dropped.add("metric")
+        kept = {name: value for name, value in kept.items() if name not in dropped}
+    return kept | given
 
 
 def builtin_recipes() -> dict[str, Path]:
@@ -103,13 +125,12 @@ def _flow(value: Mapping[str, Any]) -> str:
     return dumped.strip()
 
 
-def read_recipe(path: str | Path, kind: type[R]) -> R:
-    """Read a recipe of class `kind` from a YAML or JSON file (JSON if its name ends in .json).
+def read_fields(path: str | Path) -> tuple[dict[str, Any], Lines]:
+    """The fields of a YAML or JSON file (JSON if its name ends in .json) as they are written, and their lines.
 
     Raises
     ------
-    UsageError : the file is missing, is not valid YAML or JSON, is no mapping, or holds a bad, unknown or repeated
-        field. One sentence with the file, the line and the field or column.
+    UsageError : the file is missing, is not valid YAML or JSON, is no mapping, or holds a repeated field.
     """
     path = Path(path)
     try:
@@ -123,14 +144,30 @@ def read_recipe(path: str | Path, kind: type[R]) -> R:
     if not isinstance(fields, dict):
         sentence = f"recipe {path.name!r} must be a mapping of fields, e.g. 'rank: 5%', got {reprlib.repr(fields)}."
         raise _error(sentence, path.name, lines[()])
+    return fields, lines
+
+
+def located_error(sentence: str, file: str, lines: Lines, field: FieldPath = ()) -> RecipeError:
+    """The error with its place in `file`: the line of the `field`, or of what it is missing from."""
+    known = next(field[:n] for n in range(len(field), -1, -1) if field[:n] in lines)
+    return _error(sentence, file, lines[known] if known else None, field=field)
+
+
+def read_recipe(path: str | Path, kind: type[R]) -> R:
+    """Read a recipe of class `kind` from a YAML or JSON file (JSON if its name ends in .json).
+
+    Raises
+    ------
+    UsageError : the file is missing, is not valid YAML or JSON, is no mapping, or holds a bad, unknown or repeated
+        field. One sentence with the file, the line and the field or column.
+    """
+    fields, lines = read_fields(path)
     try:
         return kind(**fields)
     except UsageError as err:
         field = err.field if isinstance(err, RecipeError) else ()
         field = _inside(fields, field, str(err)) if field else _blame(kind, fields, str(err))
-        # What is missing has no line of its own: the line of what lacks it.
-        known = next(field[:n] for n in range(len(field), -1, -1) if field[:n] in lines)
-        raise _error(str(err), path.name, lines[known] if known else None, field=field) from None
+        raise located_error(str(err), Path(path).name, lines, field) from None
 
 
 def _inside(fields: Any, path: FieldPath, sentence: str) -> FieldPath:

@@ -226,8 +226,7 @@ def resolve_recipe(
     UsageError : a bad file, a bad value, or flags that exclude each other.
     """
     from mendlm.config import Recipe
-    from mendlm.recipe_files import load_recipe
-    from mendlm.refiners import PruneOnly
+    from mendlm.recipe_files import load_recipe, put_over
 
     fields = (Recipe() if source is None else load_recipe(source)).to_dict()
     given = {name: value for name, value in flags.items() if value is not None}
@@ -239,23 +238,11 @@ def resolve_recipe(
                 f"{name} {value!r} is about calibration text, and there is none. Give --calibration SOURCE."
             )
         given["calibration"] = (fields["calibration"] or {}) | calibration
-    if given.get("criterion", fields["criterion"]) != fields["criterion"]:
-        fields["criterion_options"] = {}
-        if "scope" in fields["pattern"]:
-            fields["pattern"] = {"sparsity": fields["pattern"]["sparsity"]}
-    if given.get("refiner", fields["refiner"]) != fields["refiner"]:
-        dropped = {"n_iter", "solver", "refiner_options"}
-        if PruneOnly.name in (given["refiner"], fields["refiner"]):
-            dropped.add("rank")
-        if fields["metric"] != "auto" and fields["refiner"] == PruneOnly.name:
-            dropped.add("metric")
-        fields = {name: value for name, value in fields.items() if name not in dropped}
     if given.get("match_blocks") and fields["match_blocks"] is not None:
         given["match_blocks"] = fields["match_blocks"] | {"n_steps": given["match_blocks"]}
+    fields = put_over(fields, given)
     pattern = zeros.over(fields)
-    if pattern is not None:
-        given["pattern"] = pattern
-    return Recipe(**(fields | given))
+    return Recipe(**(fields if pattern is None else fields | {"pattern": pattern}))
 
 
 class _Target(NamedTuple):
