@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from mendlm.recipe_files import load_recipe, recipe_text
 from mendlm.refiners import OATS, TLR, AbstractRefiner, AcceleratedTLR, PruneOnly, ZeroShotSVD
 from strategies import stats_for
 
-HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+HAS_PLOT = all(importlib.util.find_spec(module) is not None for module in ("altair", "vl_convert"))
 HALF = Recipe(pattern={"sparsity": 0.5}, rank=4)
 FACTORS = 0.12  # of the dense bytes: about rank 4 in the tiny model
 
@@ -371,7 +372,7 @@ def test_wrong_use(more: list[str], message: str, tiny_llama: Path, capsys: pyte
 
 def test_the_plot(tiny_llama: Path, tmp_path: Path) -> None:
     budget = plan_budget(tiny_llama, HALF, target_bytes=0.7)
-    if not HAS_MATPLOTLIB:
+    if not HAS_PLOT:
         with pytest.raises(MissingDependencyError, match=r"pip install 'mendlm\[plot\]'"):
             plot_budget(budget, tmp_path / "budget.svg")
         return
@@ -379,6 +380,10 @@ def test_the_plot(tiny_llama: Path, tmp_path: Path) -> None:
         plot_budget(budget, tmp_path / name)
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+    words = set(re.findall(r"<text[^>]*>([^<]+)</text>", (tmp_path / "one.svg").read_text()))
+    columns = {tensor.projection.rpartition(".")[2] for tensor in budget.tensors}
+    assert words >= columns | {"layer", "rank", "0", "1"}
+    assert f"target_bytes 0.7, {budget.plan.totals.ratio:.1%} of the dense bytes" in words
 
 
 def test_public_names() -> None:

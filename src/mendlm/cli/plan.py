@@ -123,7 +123,7 @@ def plan(
         typer.Option(
             "--plot",
             metavar="FILE",
-            help="Draw the allocation as a .png, .svg or .pdf; needs matplotlib.",
+            help="Draw the allocation as a .png, .svg or .pdf; needs mendlm[plot].",
             rich_help_panel=_BUDGET,
         ),
     ] = None,
