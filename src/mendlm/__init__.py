@@ -15,10 +15,12 @@ _LAZY = {
     "AcceleratedTLR": "mendlm.refiners",
     "BudgetPlan": "mendlm.budget_planning",
     "BenchResult": "mendlm.speed",
+    "Comparison": "mendlm.evaluation.comparison",
     "CompressionResult": "mendlm.pipeline",
     "NM": "mendlm.patterns",
     "OATS": "mendlm.refiners",
     "PCP": "mendlm.refiners",
+    "PairedDifference": "mendlm.evaluation.comparison",
     "PerplexityResult": "mendlm.evaluation.perplexity",
     "PruneOnly": "mendlm.refiners",
     "EoRA": "mendlm.refiners",
@@ -37,11 +39,13 @@ _LAZY = {
     "ZeroShotSVD": "mendlm.refiners",
     "ExportResult": "mendlm.exporting",
     "bench": "mendlm.speed",
+    "compare": "mendlm.evaluation.comparison",
     "compress": "mendlm.pipeline",
     "export": "mendlm.exporting",
     "generate": "mendlm.generation",
     "import_gguf": "mendlm.gguf",
     "load": "mendlm.loading",
+    "paired_difference": "mendlm.evaluation.comparison",
     "plan_budget": "mendlm.budget_planning",
     "perplexity": "mendlm.evaluation.perplexity",
     "refine": "mendlm.refiners",
@@ -54,6 +58,10 @@ if TYPE_CHECKING:
     from mendlm.budget_planning import plan_budget as plan_budget
     from mendlm.config import Recipe as Recipe
     from mendlm.decomposition import SparseLowRank as SparseLowRank
+    from mendlm.evaluation.comparison import Comparison as Comparison
+    from mendlm.evaluation.comparison import PairedDifference as PairedDifference
+    from mendlm.evaluation.comparison import compare as compare
+    from mendlm.evaluation.comparison import paired_difference as paired_difference
     from mendlm.evaluation.perplexity import PerplexityResult as PerplexityResult
     from mendlm.evaluation.perplexity import perplexity as perplexity
     from mendlm.exporting import ExportResult as ExportResult

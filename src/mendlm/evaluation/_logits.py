@@ -1,13 +1,15 @@
-"""Logits of a causal language model a few positions at a time, and the NLL they give: the model-aware part."""
+"""Logits of a causal language model a few positions at a time, and the NLL and divergence they give."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from mendlm.errors import UsageError
 
 PROBE_TOKENS = 16  # length of the prefix on which chunked and whole logits are compared
 
@@ -38,16 +40,69 @@ def device_of(model: Any) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def window_nll(logits_of: LogitsOf, ids: Tensor, chunk: int) -> float:
-    """Sum of the NLL in nats of tokens 2 to seqlen of the window `ids` (seqlen,), `chunk` positions at a time."""
-    total, last = 0.0, ids.numel() - 1
-    for start in range(0, last, chunk):
-        stop = min(start + chunk, last)
+def token_nll(logits_of: LogitsOf, ids: Tensor, chunk: int) -> Tensor:
+    """NLL in nats of tokens 2 to seqlen of the window `ids` (seqlen,), `chunk` positions at a time: (seqlen - 1,).
+
+    Computed in float32, returned in float64 on the CPU.
+    """
+    return torch.cat([_nll(logits_of(start, stop), ids, start) for start, stop in _chunks(ids, chunk)])
+
+
+class TokenComparison(NamedTuple):
+    """Two models on one window, token by token: each (seqlen - 1,), float64 on the CPU."""
+
+    nll: Tensor
+    reference_nll: Tensor
+    kl: Tensor  # KL(reference || model) in nats
+    agrees: Tensor  # 1 where both models hold the same token the likeliest, else 0
+
+
+def token_comparison(logits_of: LogitsOf, reference_of: LogitsOf, ids: Tensor, chunk: int) -> TokenComparison:
+    """Compare what two models predict at positions 1 to seqlen - 1 of the window `ids` (seqlen,), `chunk` at a time.
+
+    NLL is that of `token_nll`. KL is computed in float64: in float32 its rounding would exceed the divergence of models
+    that are the same to six digits.
+
+    Raises
+    ------
+    UsageError : the models' logits are over vocabularies of different sizes.
+    """
+    parts = []
+    for start, stop in _chunks(ids, chunk):
         logits = logits_of(start, stop)
-        targets = ids[start + 1 : stop + 1].to(logits.device)
-        nll = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-        total += float(nll.cpu().double().sum())
-    return total
+        reference = reference_of(start, stop).to(logits.device)
+        if logits.shape != reference.shape:
+            n, m = logits.shape[-1], reference.shape[-1]
+            raise UsageError(
+                f"the model gives logits for {n} tokens and the reference for {m}; KL needs one vocabulary. If only "
+                f"rows that pad the embedding differ, cut both models with resize_token_embeddings({min(n, m)}); "
+                "otherwise compare perplexities alone, without a reference."
+            )
+        agrees = (logits.argmax(-1) == reference.argmax(-1)).double().cpu()
+        nll, reference_nll = _nll(logits, ids, start), _nll(reference, ids, start)
+        parts.append((nll, reference_nll, _divergence(reference, logits).cpu(), agrees))
+    return TokenComparison(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _chunks(ids: Tensor, chunk: int) -> Iterator[tuple[int, int]]:
+    last = ids.numel() - 1
+    for start in range(0, last, chunk):
+        yield start, min(start + chunk, last)
+
+
+def _nll(logits: Tensor, ids: Tensor, start: int) -> Tensor:
+    """NLL of the tokens after positions `start` on, whose `logits` (n, vocab) are given: (n,), float64 on the CPU."""
+    targets = ids[start + 1 : start + 1 + logits.shape[0]].to(logits.device)
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none").cpu().double()
+
+
+def _divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || model) of each row of logits (n, vocab): (n,), float64."""
+    log_p = reference.double().log_softmax(-1)
+    terms = log_p - logits.double().log_softmax(-1)
+    p = log_p.exp_()
+    terms.mul_(p).masked_fill_(p == 0, 0.0)  # p ln p is 0 at p = 0, also where a logit is -inf
+    return terms.sum(-1).clamp_min_(0.0)  # below 0 by rounding alone
 
 
 def logits_reader(model: Any, first: Tensor) -> tuple[Callable[[Tensor], LogitsOf], str]:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mendlm._inference import dtype_of, inference_dtype, open_model, vocab_size
 from mendlm.errors import NonFiniteError, UsageError
-from mendlm.evaluation._logits import device_of, eval_mode, logits_reader, text_config, window_nll
-from mendlm.evaluation.text import bundled_text, join_rows, load_dataset_rows, load_tokenizer, read_text, tokenize
+from mendlm.evaluation._logits import device_of, eval_mode, logits_reader, text_config, token_nll
+from mendlm.evaluation.intervals import block_lengths, block_means, exp, exp_interval, mean_interval, plain
+from mendlm.evaluation.text import Source, dataset_source, load_tokenizer, text_source, tokenize
 
 DEFAULT_SEQLEN = 2048
 LOGITS_BYTES = 64 * 2**20  # size of one float32 chunk of logits when `logits_chunk` is not given
@@ -38,6 +39,10 @@ class PerplexityResult:
     seconds : wall time of the windows, without loading and tokenising.
     tokens_per_second : n_tokens / seconds.
     protocol : plain values (JSON) that say how the number came about.
+    nll_ci95, ppl_ci95 : 95 % confidence interval of `nll`, over texts like this one, and exp of it; None where the text
+        is too short for one (`mendlm.evaluation.intervals`).
+    window_nll : mean NLL of each window, in order.
+    block_nll : mean NLL of each block of tokens, the units of the interval; what `paired_difference` pairs.
     """
 
     ppl: float
@@ -48,12 +53,14 @@ class PerplexityResult:
     seconds: float
     tokens_per_second: float
     protocol: dict[str, Any] = field(default_factory=dict)
+    nll_ci95: tuple[float, float] | None = None
+    ppl_ci95: tuple[float, float] | None = None
+    window_nll: list[float] = field(default_factory=list)
+    block_nll: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as plain values for JSON; an infinite `ppl` becomes None (JSON has no infinity)."""
-        values = asdict(self)
-        values["ppl"] = self.ppl if math.isfinite(self.ppl) else None
-        return values
+        """The result as plain values for JSON, which has no infinity: an infinite `ppl` becomes None."""
+        return {key: plain(value) for key, value in asdict(self).items()}
 
 
 def perplexity(
@@ -98,36 +105,58 @@ def perplexity(
     not, the model's own forward is used, with a whole window of logits (seqlen, vocab) in memory.
     `protocol["logits"]` says which. Logits are read in float32, the sum is kept in float64.
     """
-    seqlen = _checked_seqlen(model, seqlen)
+    seqlen = checked_seqlen(model, seqlen)
     vocab = vocab_size(model)
-    stream = _checked_ids(token_ids, vocab)
-    windows = _cut(stream, seqlen, n_windows)
-    chunk = _checked_chunk(logits_chunk, vocab)
-    total, per_window = 0.0, seqlen - 1
+    stream = checked_ids(token_ids, vocab)
+    windows = cut(stream, seqlen, n_windows)
+    chunk = checked_chunk(logits_chunk, 4 * vocab)
+    values: list[Tensor] = []
     with torch.inference_mode(), eval_mode(model):
         start = time.perf_counter()
         logits_of, how = logits_reader(model, windows[0])
         for index, ids in enumerate(windows):
-            nll = window_nll(logits_of(ids), ids, chunk)
-            if not math.isfinite(nll):
-                raise NonFiniteError(
-                    f"the NLL of window {index} (tokens {index * seqlen} to {(index + 1) * seqlen - 1}) is {nll}: the "
-                    "model's logits hold NaN or infinity there. Try --dtype float32, or check its weights."
-                )
-            total += nll
+            values.append(token_nll(logits_of(ids), ids, chunk))
+            check_finite("the NLL", values[-1], index, seqlen)
             if progress is not None:
-                progress(index + 1, len(windows), _exp(total / ((index + 1) * per_window)))
+                progress(index + 1, len(windows), exp(float(torch.stack(values).mean())))
         seconds = time.perf_counter() - start
-    n_tokens = len(windows) * per_window
+    return summarized(torch.stack(values), seconds, protocol_of(model, stream, windows, how))
+
+
+def check_finite(what: str, values: Tensor, index: int, seqlen: int) -> None:
+    """Refuse `values` (seqlen - 1,) of window `index` if one is NaN or infinite.
+
+    Raises
+    ------
+    NonFiniteError : with the window and its tokens.
+    """
+    total = float(values.sum())
+    if not math.isfinite(total):
+        raise NonFiniteError(
+            f"{what} of window {index} (tokens {index * seqlen} to {(index + 1) * seqlen - 1}) is {total}: the "
+            "model's logits hold NaN or infinity there. Try --dtype float32, or check its weights."
+        )
+
+
+def summarized(values: Tensor, seconds: float, protocol: dict[str, Any]) -> PerplexityResult:
+    """The result for NLLs `values` (n_windows, seqlen - 1), float64."""
+    n_windows, n_predicted = values.shape
+    blocks = block_means(values)
+    interval = mean_interval(blocks, block_lengths(n_windows, n_predicted))
+    nll, n_tokens = float(values.mean()), values.numel()
     return PerplexityResult(
-        ppl=_exp(total / n_tokens),
-        nll=total / n_tokens,
+        ppl=exp(nll),
+        nll=nll,
         n_tokens=n_tokens,
-        n_windows=len(windows),
-        seqlen=seqlen,
+        n_windows=n_windows,
+        seqlen=n_predicted + 1,
         seconds=seconds,
         tokens_per_second=n_tokens / seconds,
-        protocol=_protocol(model, stream.numel(), seqlen, how),
+        protocol=protocol,
+        nll_ci95=interval,
+        ppl_ci95=exp_interval(interval),
+        window_nll=values.mean(1).tolist(),
+        block_nll=blocks,
     )
 
 
@@ -174,32 +203,22 @@ def evaluate(
         raise UsageError(f"{str(model)!r} is no folder. Download the model first and give the folder that holds it.")
     compute = inference_dtype(dtype, device)
     # The text before the model: a wrong path should not wait for a model to load.
-    rows = load_dataset_rows(dataset) if dataset is not None else read_text(bundled_text() if text is None else text)
-    joined = join_rows(rows)
+    source = dataset_source(dataset) if dataset is not None else text_source(text)
     tokenizer = load_tokenizer(model)
-    ids = tokenize(tokenizer, joined)
+    ids = tokenize(tokenizer, source.joined)
     loaded = open_model(model, device=device, dtype=compute, runtime=runtime)
     result = perplexity(loaded, ids, seqlen=seqlen, n_windows=n_windows, progress=progress)
-    source = f"dataset {dataset}" if dataset is not None else "bundled alice.txt" if text is None else Path(text).name
-    about = {
-        "model": str(model),
-        "text": source,
-        "text_sha256": hashlib.sha256(joined.encode()).hexdigest(),
-        "n_rows": len(rows),
-        "rows_joined_with": "\n\n",
-        "tokenizer": type(tokenizer).__name__,
-    }
+    return with_source(result, model, tokenizer, source)
+
+
+def with_source(result: PerplexityResult, model: str | Path, tokenizer: Any, source: Source) -> PerplexityResult:
+    """`result` with a protocol that also names the model's folder, the tokenizer and the text."""
+    about = {"model": str(model)} | source.protocol() | {"tokenizer": type(tokenizer).__name__}
     return replace(result, protocol=about | result.protocol)
 
 
-def _exp(nll: float) -> float:
-    try:
-        return math.exp(nll)
-    except OverflowError:
-        return math.inf
-
-
-def _checked_seqlen(model: Any, seqlen: int | None) -> int:
+def checked_seqlen(model: Any, seqlen: int | None) -> int:
+    """`seqlen`, which the model's positions must allow; None is the shorter of `DEFAULT_SEQLEN` and those."""
     longest = getattr(text_config(model), "max_position_embeddings", None)
     if seqlen is None:
         return min(DEFAULT_SEQLEN, longest or DEFAULT_SEQLEN)
@@ -213,15 +232,16 @@ def _checked_seqlen(model: Any, seqlen: int | None) -> int:
     return seqlen
 
 
-def _checked_chunk(logits_chunk: int | None, vocab: int) -> int:
+def checked_chunk(logits_chunk: int | None, position_bytes: int) -> int:
+    """Positions at a time: `logits_chunk`, or as many as fit `LOGITS_BYTES` where one takes `position_bytes`."""
     if logits_chunk is None:
-        return max(1, LOGITS_BYTES // (4 * vocab))
+        return max(1, LOGITS_BYTES // position_bytes)
     if logits_chunk < 1:
         raise UsageError(f"logits_chunk must be at least 1, got {logits_chunk!r}.")
     return logits_chunk
 
 
-def _checked_ids(token_ids: Tensor | Sequence[int], vocab: int) -> Tensor:
+def checked_ids(token_ids: Tensor | Sequence[int], vocab: int) -> Tensor:
     """`token_ids` as a (n,) int64 tensor with every id in [0, vocab)."""
     try:
         ids = torch.as_tensor(token_ids)
@@ -246,7 +266,7 @@ def _checked_ids(token_ids: Tensor | Sequence[int], vocab: int) -> Tensor:
     return ids
 
 
-def _cut(stream: Tensor, seqlen: int, n_windows: int | None) -> Tensor:
+def cut(stream: Tensor, seqlen: int, n_windows: int | None) -> Tensor:
     """(n_windows, seqlen) view of the first windows of `stream` (n,)."""
     available = stream.numel() // seqlen
     if available == 0:
@@ -264,15 +284,18 @@ def _cut(stream: Tensor, seqlen: int, n_windows: int | None) -> Tensor:
     return stream[: n_windows * seqlen].view(n_windows, seqlen)
 
 
-def _protocol(model: Any, n_given: int, seqlen: int, logits: str) -> dict[str, Any]:
+def protocol_of(model: Any, stream: Tensor, windows: Tensor, logits: str) -> dict[str, Any]:
+    """How a number over `windows` (n_windows, seqlen) of `stream` (n,) came about; `logits`: how those were read."""
+    seqlen = windows.shape[1]
     return {
         "windows": "non-overlapping, of exactly seqlen tokens, from the start of the stream; the remainder is dropped",
         "predicted": "tokens 2 to seqlen of each window, from the tokens before them in the same window",
         "mean": "over all predicted tokens, in nats; ppl = exp(nll)",
         "special_tokens_added": False,
         "seqlen": seqlen,
-        "n_tokens_given": n_given,
-        "n_windows_given": n_given // seqlen,
+        "n_tokens_given": stream.numel(),
+        "n_windows_given": stream.numel() // seqlen,
+        "token_ids_sha256": hashlib.sha256(windows.cpu().numpy().astype("<i8").tobytes()).hexdigest(),
         "dtype": dtype_of(model),
         "device": str(device_of(model)),
         "logits": logits,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 import socket
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -22,6 +24,7 @@ from mendlm.names import lookup
 R = TypeVar("R", bound=Sequence[str])
 
 FIELD = "text"  # the column of a parquet file and the key of a jsonl row that hold the text
+SEPARATOR = "\n\n"  # between rows
 PROBE_SECONDS = 3.0  # how long to wait for the hub before saying that there is no network
 
 
@@ -86,7 +89,7 @@ def join_rows(rows: Sequence[str]) -> str:
 
     Rows of WikiText end in a newline of their own and its blank lines are empty rows; nothing is stripped.
     """
-    return "\n\n".join(rows)
+    return SEPARATOR.join(rows)
 
 
 def bundled_text() -> Path:
@@ -95,6 +98,43 @@ def bundled_text() -> Path:
     About 39,000 tokens for a vocabulary of 49,000: 19 windows of 2048. For demonstrations, not for comparisons.
     """
     return Path(str(resources.files("mendlm") / "data" / "alice.txt"))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text to evaluate on.
+
+    Attributes
+    ----------
+    name : what reports call it.
+    joined : all of it (`join_rows`).
+    n_rows : rows that it was joined of.
+    """
+
+    name: str
+    joined: str
+    n_rows: int
+
+    def protocol(self) -> dict[str, Any]:
+        """What a result says of its text, as plain values."""
+        return {
+            "text": self.name,
+            "text_sha256": hashlib.sha256(self.joined.encode()).hexdigest(),
+            "n_rows": self.n_rows,
+            "rows_joined_with": SEPARATOR,
+        }
+
+
+def text_source(path: str | Path | None) -> Source:
+    """The text of a file (`read_text`, with what that raises), or of the bundled book where there is none."""
+    rows = read_text(bundled_text() if path is None else path)
+    return Source("bundled alice.txt" if path is None else Path(path).name, join_rows(rows), len(rows))
+
+
+def dataset_source(name: str) -> Source:
+    """The text of a named set (`load_dataset_rows`, with what that raises)."""
+    rows = load_dataset_rows(name)
+    return Source(f"dataset {name}", join_rows(rows), len(rows))
 
 
 def load_dataset_rows(name: str) -> list[str]:
