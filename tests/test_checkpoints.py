@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
+from mendlm.checkpoints.finish import to_json
+from mendlm.checkpoints.folder import Part, open_folder
 from mendlm.checkpoints.header import encode_header, read_header, tensor_bytes
 from mendlm.checkpoints.journal import Entry, Journal
 from mendlm.checkpoints.plan import copied, natural_key
-from mendlm.checkpoints.reader import Shard, as_bytes, inside, read_chunks, read_tensor
+from mendlm.checkpoints.reader import Shard, as_bytes, inside, read_chunks, read_json_object, read_tensor
 from mendlm.checkpoints.staging import check_target, open_staging, partial_folder
 from mendlm.checkpoints.writer import ShardLayout, ShardWriter, copy_file, storage_errors, write_file
 from mendlm.errors import CheckpointError, StorageError, UsageError
@@ -119,7 +123,15 @@ DAMAGED: list[tuple[object, bytes, str]] = [
     ({"a": entry("U8", [1], 0, 1), "b": entry("U8", [1], 2, 3)}, bytes(3), "'b' starts at byte 2 and leaves a hole"),
     ({"a": entry("U8", [2], 0, 2), "b": entry("U8", [2], 1, 3)}, bytes(3), "'b' starts at byte 1 and overlaps"),
     ({"a": entry("U8", [2], 1, 3)}, bytes(3), "'a' starts at byte 1 and leaves a hole of 1 bytes"),
-    ({"a": entry("F32", [2**62, 2**62], 0, 4)}, bytes(4), "needs .* bytes"),
+    ({"a": entry("F32", [2**62, 2**62], 0, 4)}, bytes(4), r"'a' has shape \[\d+, \d+\], which no file can hold"),
+    ({"a": entry("F32", [2**62, 2**62, 0], 0, 0)}, b"", "which no file can hold"),
+    ({"a": entry("F32", [2**62] * 64, 0, 4)}, bytes(4), "which no file can hold"),
+    ({"a": entry("F32", [1] * 65, 0, 4)}, bytes(4), "'a' has 65 dimensions, the limit is 64"),
+    ({"a" * 1025: entry("F32", [1], 0, 4)}, bytes(4), r"the name 'aaa.*\.\.\..*a' of a tensor has 1025 characters"),
+    (b'{"\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"0", "of a tensor has half of a surrogate pair"),
+    (b'{"__metadata__":{"a":"\\udfff"}}', b"", "__metadata__ holds half of a surrogate pair"),
+    (b'{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,1]}}', b"0", r"'a' has shape \[nan\]"),
+    (b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,1]}}', b"0", "is not valid JSON"),
     ({"a": entry("U8", [2], 0, 2)}, bytes(5), r"it is 3 bytes longer than its header says"),
     ({"a": entry("U8", [9], 0, 9)}, bytes(5), r"'x\.safetensors' is 4 bytes shorter than its header says"),
 ]
@@ -142,6 +154,13 @@ def test_every_truncation_is_seen(tmp_path: Path) -> None:
         message = "is empty" if size == 0 else f"only {size} bytes" if size < 8 else "bytes shorter than its header"
         with pytest.raises(CheckpointError, match=message):
             read_header(path)
+
+
+def test_messages_stay_short_whatever_a_file_says(tmp_path: Path) -> None:
+    for header in ({"a": entry("F" * 10**6, [1], 0, 4)}, {"a": entry("F32", [-1] * 10**5, 0, 4)}, {"b" * 10**6: 1}):
+        with pytest.raises(CheckpointError) as caught:
+            read_header(raw_file(tmp_path / "x.safetensors", header, bytes(4)))
+        assert len(str(caught.value)) < 500
 
 
 def test_absurd_header_length_lfs_pointer_and_missing_file(tmp_path: Path) -> None:
@@ -184,6 +203,68 @@ def test_links_out_of_the_folder_except_in_a_hub_cache(tmp_path: Path) -> None:
             inside(place, "bad")
 
 
+@pytest.mark.parametrize("n_columns", [9, 2 * 8 * 2**20 + 5])  # the second in several pieces
+def test_bitmask_of_any_size_is_read_whole(tmp_path: Path, n_columns: int) -> None:
+    bitmask = torch.arange(n_columns).to(torch.uint8).reshape(1, -1)
+    save_file({"a": bitmask}, tmp_path / "x.safetensors")
+    shard = open_shard(tmp_path / "x.safetensors")
+    assert torch.equal(Part(shard, shard.header.by_name["a"]).read(), bitmask)
+
+
+def test_other_dtypes_are_not_taken_for_a_bitmask(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2, dtype=torch.int64)}, tmp_path / "x.safetensors")
+    shard = open_shard(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="'a' has dtype I64, and only floating weights and bitmasks are read"):
+        Part(shard, shard.header.by_name["a"]).read()
+
+
+def packed_folder(folder: Path, **changes: tuple[str, tuple[int, ...]]) -> Path:
+    """A folder whose one compressed weight has these dtypes and shapes; no bytes are behind them on the disk."""
+    parts = {
+        "weight_values": ("F32", (4,)),
+        "weight_bitmask": ("U8", (2, 1)),
+        "lora_A": ("F32", (1, 8)),
+        "lora_B": ("F32", (2, 1)),
+    } | changes
+    layout = ShardLayout("model.safetensors", [(f"x.{name}", *what) for name, what in parts.items()], {})
+    folder.mkdir()
+    with (folder / layout.name).open("wb") as file:
+        file.write(layout.header)
+        file.truncate(layout.size_bytes)
+    quantization = {"quant_method": "mendlm", "version": 1, "layout": "packed", "guard": ["no", "name"]}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    return folder
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"weight_values": ("F32", (17,))}, r"has values of shape \(17,\), a matrix of 2 x 8 keeps at most 16"),
+    ({"weight_values": ("F32", (2, 2))}, r"has values of shape \(2, 2\)"),
+    ({"weight_bitmask": ("U8", (2, 2))}, r"the parts of 'x\.weight' do not fit together: bitmask \(2, 2\)"),
+    ({"weight_bitmask": ("U8", (2**33, 1))}, r"do not fit together"),
+    ({"lora_A": ("F32", (1, 2**33))}, r"do not fit together"),
+    ({"lora_B": ("F32", (2, 2))}, r"do not fit together"),
+    ({"weight_bitmask": ("I64", (2, 1))}, r"have dtypes F32, I64, F32, F32; values, lora_A and lora_B must share"),
+    ({"weight_values": ("I32", (4,))}, r"have dtypes I32, U8, F32, F32"),
+    ({"lora_A": ("F16", (1, 8))}, r"have dtypes F32, U8, F16, F32"),
+])  # fmt: skip
+def test_packed_weight_whose_headers_lie(
+    tmp_path: Path, changes: dict[str, tuple[str, tuple[int, ...]]], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        open_folder(packed_folder(tmp_path / "x", **changes))
+    assert open_folder(packed_folder(tmp_path / "sound")).packed["x.weight"].shape == (2, 8)
+
+
+def test_config_that_is_no_file_or_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"'config\.json' is not a file"):  # and it does not wait for a writer
+        read_json_object(tmp_path / "config.json")
+    monkeypatch.setattr("mendlm.checkpoints.reader.MAX_JSON_BYTES", 10)
+    (tmp_path / "x.json").write_text('{"a": 12345}')
+    with pytest.raises(CheckpointError, match=r"'x\.json' is longer than 10 bytes, the limit"):
+        read_json_object(tmp_path / "x.json")
+
+
 def test_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(8)}, path)
@@ -215,6 +296,49 @@ def test_storage_errors_say_what_to_do(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
     with pytest.raises(CheckpointError, match="cannot read 'missing'"):
         copy_file(tmp_path / "missing", tmp_path / "x")
+
+
+def test_json_keeps_what_utf8_cannot_hold() -> None:
+    value = {"a": "\ud800", "ä": "\U0001f600"}
+    assert json.loads(to_json(value)) == value
+    assert "ä".encode() in to_json(value)
+
+
+def test_links_in_the_place_of_output_files_are_not_followed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("x")
+    (tmp_path / "link").symlink_to(precious)
+    with pytest.raises(StorageError, match=r"link' is a link, which is not followed"):
+        write_file(tmp_path / "link", b"")
+    with (
+        pytest.raises(StorageError, match="is a link, which is not followed"),
+        ShardWriter(tmp_path, ShardLayout("link", [("a", "U8", (1,))], {})),
+    ):
+        pass
+    with pytest.raises(StorageError, match="is a link, which is not followed"):
+        Journal.create(tmp_path / "link", RUN)
+    for planted in ("", "out"):
+        root = partial_folder(tmp_path / "out")
+        if planted:
+            root.mkdir()
+        (root / planted).symlink_to(tmp_path)
+        with pytest.raises(StorageError, match="is a link, which is not followed"):
+            open_staging(tmp_path / "out", RUN, resume=True, overwrite=False)
+        (root / planted).unlink()
+    assert precious.read_text() == "x"
+
+
+def test_written_data_reaches_the_disk_from_time_to_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    layout = ShardLayout("x", [("a", "U8", (1,)), ("b", "U8", (1,))], {})
+    with ShardWriter(tmp_path, layout) as writer:
+        writer.allocate()
+        writer.write("a", [memoryview(b"1")])
+        assert synced == []
+        monkeypatch.setattr("mendlm.checkpoints.writer.SYNC_SECONDS", 0.0)
+        writer.write("b", [memoryview(b"1")])
+        assert len(synced) == 1
 
 
 def test_conversion_is_planned_for_floating_tensors_only() -> None:
@@ -257,6 +381,61 @@ def test_journal_survives_a_cut_at_any_byte(tmp_path: Path) -> None:
         assert final is not None
         assert list(final.entries) == [*again.entries, "late"]
         final.close()
+
+
+def test_journal_loses_a_damaged_line_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal.create(path, RUN)
+    for i in range(3):
+        journal.add(Entry(f"t{i}", i, {"rel_error": 0.25}, 0.5))
+    journal.close()
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for damaged in (
+        lines[2].replace(b"0.25", b"0.75"),  # valid JSON still
+        bytes(len(lines[2]) - 1) + b"\n",  # a page that a power failure lost
+        b"\n",
+        lines[2].replace(b"t1", b"\xff1"),
+    ):
+        path.write_bytes(b"".join([*lines[:2], damaged, *lines[3:]]))
+        again = Journal.reopen(path)
+        assert again is not None
+        assert list(again.entries) == ["t0", "t2"]
+        again.close()
+
+
+def test_journal_line_that_does_not_fit_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal.create(tmp_path / "journal.jsonl", RUN)
+    write = os.write
+
+    def full(fd: int, data: memoryview) -> int:
+        if len(data) < 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, data[: len(data) // 2])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(StorageError, match="no space left"):
+            journal.add(Entry("lost", 1, None, 0.0))
+    journal.add(Entry("kept", 1, None, 0.0))
+    journal.close()
+    again = Journal.reopen(tmp_path / "journal.jsonl")
+    assert again is not None
+    assert list(again.entries) == ["kept"]
+    again.close()
+
+
+@pytest.mark.parametrize("version", ["1", "99"])
+def test_work_of_another_version_is_not_thrown_away(tmp_path: Path, version: str) -> None:
+    target = tmp_path / "out"
+    staging = open_staging(target, RUN, resume=False, overwrite=False)
+    staging.release()
+    journal = partial_folder(target) / "journal.jsonl"
+    journal.write_text(json.dumps({"format": f"mendlm-journal-{version}", "fingerprint": RUN}) + "\n")
+    (partial_folder(target) / "out" / "work").touch()
+    with pytest.raises(UsageError, match=rf"by another version of mendlm: its journal is 'mendlm-journal-{version}'"):
+        open_staging(target, RUN, resume=True, overwrite=False)
+    assert (partial_folder(target) / "out" / "work").exists()
 
 
 @pytest.mark.parametrize("text", ["", "junk\n", "[1]\n", '{"format":"other","fingerprint":{}}\n'])

@@ -17,7 +17,13 @@ _LEFT_OUT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".ggml", ".onnx", ".onnx_data"),
     *(".h5", ".msgpack", ".npz", ".npy", ".tflite", ".ot", ".index.json", ".py", ".pyc"),
 )
-_LEFT_OUT = {CONFIG_FILE, INDEX_FILE, SINGLE_FILE, "mendlm.json", "mendlm.run.json"}
+# transformers would take an adapter's config for the folder's own, and load the model that it names instead.
+_LEFT_OUT = {CONFIG_FILE, INDEX_FILE, SINGLE_FILE, "mendlm.json", "mendlm.run.json", "adapter_config.json"}
+
+
+def is_left_out(name: str) -> bool:
+    """Whether a file of this name is not copied from one folder to another: weights, code, what mendlm writes."""
+    return name in _LEFT_OUT or name.lower().endswith(_LEFT_OUT_SUFFIXES)
 
 
 def side_files(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -29,14 +35,12 @@ def side_files(checkpoint: Checkpoint) -> tuple[str, ...]:
     ------
     CheckpointError : one of them is a link that leads out of the folder.
     """
-    names = sorted(
-        path.name
-        for path in checkpoint.folder.iterdir()
-        if path.is_file()
-        and path.name not in _LEFT_OUT
-        and not path.name.startswith(".")
-        and not path.name.lower().endswith(_LEFT_OUT_SUFFIXES)
-    )
+    with read_errors(checkpoint.folder):
+        names = sorted(
+            path.name
+            for path in checkpoint.folder.iterdir()
+            if path.is_file() and not path.name.startswith(".") and not is_left_out(path.name)
+        )
     for name in names:
         inside(checkpoint.folder, name)
     return tuple(names)
@@ -69,8 +73,8 @@ def make_index(checkpoint: Checkpoint, layouts: Iterable[ShardLayout]) -> dict[s
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:
-    """JSON text as transformers writes it."""
-    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+    """JSON text as transformers writes it; halves of surrogate pairs, which UTF-8 lacks, stay escaped as JSON does."""
+    return json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def hash_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -7,12 +7,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from mendlm.checkpoints.header import FLOATING, TensorInfo
 from mendlm.checkpoints.plan import LAYOUT, PARTS, VALUES
-from mendlm.checkpoints.reader import Checkpoint, Shard, open_checkpoint, read_chunks, read_tensor
+from mendlm.checkpoints.reader import Checkpoint, Shard, open_checkpoint, read_tensor
 from mendlm.checkpoints.staging import has_partial
 from mendlm.errors import CheckpointError, UsageError
 
@@ -30,11 +29,7 @@ class Part(NamedTuple):
         ------
         CheckpointError : the file cannot be read, or has become shorter.
         """
-        if self.info.dtype in FLOATING:
-            return read_tensor(self.shard, self.info)
-        data = bytearray().join(read_chunks(self.shard, self.info))
-        flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
-        return flat.reshape(self.info.shape)
+        return read_tensor(self.shard, self.info)
 
 
 class Packed(NamedTuple):
@@ -99,7 +94,7 @@ def open_folder(path: Path) -> Folder:
     packed = {f"{stem}weight": _gather(stem, parts) for stem in stems}
     # An empty tensor of the weight's own name may stand beside its parts: the guard against loading without mendlm.
     # For experts that were stacked in the input it is the stack's name.
-    owned = {f"{stem}{part}" for stem in stems for part in (*PARTS, "weight")} | {quantization.get("guard")}
+    owned = {f"{stem}{part}" for stem in stems for part in (*PARTS, "weight")} | {str(quantization.get("guard"))}
     copied = {name: part for name, part in parts.items() if name not in owned}
     return Folder(checkpoint, "packed", packed, copied)
 
@@ -113,10 +108,22 @@ def _gather(stem: str, parts: Mapping[str, Part]) -> Packed:
     if missing:
         raise CheckpointError(f"'{stem}weight' lacks its {missing[0]}. The folder is incomplete: fetch it again.")
     packed = Packed(*(parts[f"{stem}{part}"] for part in PARTS))
-    mask, A, B = (part.info.shape for part in packed[1:])
+    values, mask, A, B = (part.info.shape for part in packed)
     if not (len(mask) == len(A) == len(B) == 2 and B == (mask[0], A[0]) and mask[1] == -(-A[1] // 8)):
         raise CheckpointError(
             f"the parts of '{stem}weight' do not fit together: bitmask {mask}, lora_A {A}, lora_B {B}. "
             "The folder mixes two runs: compress the model again."
+        )
+    # Before anything of the weight's size is allocated: what is on the disk bounds what is made of it.
+    if len(values) != 1 or values[0] > mask[0] * A[1]:
+        raise CheckpointError(
+            f"'{stem}weight' has values of shape {values}, a matrix of {mask[0]} x {A[1]} keeps at most "
+            f"{mask[0] * A[1]}. The folder is damaged: fetch it again."
+        )
+    dtypes = [part.info.dtype for part in packed]
+    if dtypes[1] != "U8" or dtypes[0] not in FLOATING or not dtypes[0] == dtypes[2] == dtypes[3]:
+        raise CheckpointError(
+            f"the parts of '{stem}weight' have dtypes {', '.join(dtypes)}; values, lora_A and lora_B must share one "
+            "floating dtype and the bitmask must be U8. Fetch the folder again."
         )
     return packed

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import reprlib
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +24,12 @@ import torch
 from mendlm.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+MAX_DIMS = 64  # NumPy's limit; torch has the same for most operations
+MAX_NAME_CHARS = 1024  # far above any model's; keeps what is quadratic in a name, and int() of its digits, cheap
+_MAX_BITS = 2**66  # of a tensor: no file is larger than 2**63 bytes
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 200
 
 # safetensors name -> bits of an entry (safetensors 0.8, `Dtype`).
 DTYPE_BITS: dict[str, int] = {
@@ -102,23 +110,29 @@ def read_header(path: Path) -> Header:
     CheckpointError : the file cannot be read, is empty, truncated, too long, or its header breaks the format.
     """
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
-            raw = _read_raw(file, size, path.name)
+            return parse_header(file, os.fstat(file.fileno()).st_size, path.name)
     except OSError as err:
         raise CheckpointError(f"cannot read {path.name!r}: {err.strerror or err}.") from err
+
+
+def parse_header(file: BinaryIO, size: int, name: str) -> Header:
+    """`read_header` of an open file of `size` bytes that is called `name`; errors the same, but for `OSError`."""
+    raw = _read_raw(file, size, name)
     try:
         parsed = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as err:
-        raise _damaged(path.name, f"its header is not valid JSON ({err})") from err
+        raise _damaged(name, f"its header is not valid JSON ({shorten(str(err))[1:-1]})") from err
     if not isinstance(parsed, dict):
-        raise _damaged(path.name, "its header is not a JSON object")
+        raise _damaged(name, "its header is not a JSON object")
     metadata = parsed.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _damaged(path.name, "__metadata__ does not map strings to strings")
-    infos = sorted((_parse_info(path.name, n, e) for n, e in parsed.items()), key=lambda t: (t.start, t.end))
-    _check_contiguous(path.name, infos)
-    _check_size(path.name, size, len(raw) + (infos[-1].end if infos else 0))
+        raise _damaged(name, "__metadata__ does not map strings to strings")
+    if not all(map(is_text, (*metadata, *metadata.values()))):
+        raise _damaged(name, "__metadata__ holds half of a surrogate pair, which is no character")
+    infos = sorted((_parse_info(name, n, e) for n, e in parsed.items()), key=lambda t: (t.start, t.end))
+    _check_contiguous(name, infos)
+    _check_size(name, size, len(raw) + (infos[-1].end if infos else 0))
     digest = hashlib.sha256(raw).hexdigest()
     return Header(tuple(infos), metadata, len(raw), digest, {t.name: t for t in infos})
 
@@ -172,26 +186,47 @@ def _read_raw(file: BinaryIO, size: int, name: str) -> bytes:
         raise _damaged(name, f"its first 8 bytes announce a header of {length} bytes, the limit is {MAX_HEADER_BYTES}")
     if 8 + length > size:
         _check_size(name, size, 8 + length)
-    return start + file.read(length)
+    text = file.read(length)
+    if len(text) < length:
+        raise CheckpointError(f"{name!r} became shorter while it was read. Do not change it meanwhile.")
+    return start + text
 
 
 def _parse_info(file: str, name: str, entry: Any) -> TensorInfo:
+    if len(name) > MAX_NAME_CHARS or not is_text(name):
+        why = "half of a surrogate pair" if len(name) <= MAX_NAME_CHARS else f"{len(name)} characters"
+        raise _damaged(file, f"the name {shorten(name)} of a tensor has {why}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _damaged(file, f"the header entry of {name!r} does not consist of dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _damaged(file, f"{name!r} has unknown dtype {dtype!r}")
+        raise _damaged(file, f"{name!r} has unknown dtype {shorten(dtype)}")
     if not _counts(shape):
-        raise _damaged(file, f"{name!r} has shape {shape!r}, which is not a list of whole numbers >= 0")
+        raise _damaged(file, f"{name!r} has shape {shorten(shape)}, which is not a list of whole numbers >= 0")
+    if len(shape) > MAX_DIMS:
+        raise _damaged(file, f"{name!r} has {len(shape)} dimensions, the limit is {MAX_DIMS}")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _damaged(file, f"{name!r} has data_offsets {offsets!r}, which are not a start and an end")
+        raise _damaged(file, f"{name!r} has data_offsets {shorten(offsets)}, which are not a start and an end")
     n_bits = prod(shape) * DTYPE_BITS[dtype]
+    if prod(n for n in shape if n) * DTYPE_BITS[dtype] > _MAX_BITS:  # an empty tensor of absurd sides, too
+        raise _damaged(file, f"{name!r} has shape {shorten(shape)}, which no file can hold")
     if n_bits != 8 * (offsets[1] - offsets[0]):
         raise _damaged(
             file,
-            f"{name!r} of dtype {dtype} and shape {shape} needs {n_bits / 8:g} bytes, its data_offsets are {offsets}",
+            f"{name!r} of dtype {dtype} and shape {shorten(shape)} needs {n_bits / 8:.15g} bytes, its data_offsets are "
+            f"{offsets}",
         )
     return TensorInfo(name, dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def shorten(value: object) -> str:
+    """`repr` of something from a file for a message, cut to a bearable length."""
+    return _repr.repr(value)
+
+
+def is_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8; JSON can smuggle in halves of surrogate pairs."""
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _counts(value: Any) -> bool:

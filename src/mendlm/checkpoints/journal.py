@@ -2,21 +2,29 @@
 
 The first line is the run's fingerprint; then comes one line per finished tensor, appended after its data was written,
 with a checksum of that data. Resuming trusts a line only if the checksum fits what is on the disk, so neither a line
-that was cut off nor data that a power failure lost does harm: that tensor is simply done again.
+that was cut off nor data that a power failure lost does harm: that tensor is simply done again. Every line ends with a
+checksum of itself, as its record goes into the result unseen.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from mendlm.checkpoints.writer import storage_errors
+from mendlm.checkpoints.writer import SYNC_SECONDS, open_new, storage_errors
+from mendlm.errors import StorageError, UsageError
 
-FORMAT = "mendlm-journal-1"
+logger = logging.getLogger(__name__)
+
+FORMAT = "mendlm-journal-2"
+_ANY_FORMAT = "mendlm-journal-"
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Journal:
         self.fingerprint = fingerprint
         self.entries = entries
         self._fd = fd
+        self._synced = time.monotonic()
 
     @classmethod
     def create(cls, path: Path, fingerprint: Mapping[str, Any]) -> Self:
@@ -46,55 +55,68 @@ class Journal:
         ------
         StorageError : it cannot be written.
         """
-        with storage_errors(path):
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        fd = open_new(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         journal = cls(path, fd, fingerprint, {})
-        journal._append({"format": FORMAT, "fingerprint": fingerprint})
-        journal.sync()
+        try:
+            journal._append({"format": FORMAT, "fingerprint": fingerprint})
+            journal.sync()
+        except BaseException:
+            journal.close()
+            raise
         return journal
 
     @classmethod
     def reopen(cls, path: Path) -> Self | None:
-        """Continue a journal after its last whole line; None if there is none, or not even its first line is whole."""
+        """Continue a journal after its last whole line; None if there is none, or its first line is damaged.
+
+        A damaged line costs the tensor that it was about, not those after it.
+
+        Raises
+        ------
+        UsageError : another version of mendlm wrote it.
+        StorageError : it cannot be read or written.
+        """
         try:
             raw = path.read_bytes()
         except FileNotFoundError:
             return None
-        fingerprint: Mapping[str, Any] | None = None
-        entries: dict[str, Entry] = {}
-        size = 0
-        for line in raw.splitlines(keepends=True):
-            row = _parse(line)
-            if row is None:
-                break
-            if fingerprint is None:
-                fingerprint = row.get("fingerprint") if row.get("format") == FORMAT else None
-                if fingerprint is None:
-                    return None
-            else:
-                try:
-                    entry = Entry(**row)
-                except TypeError:
-                    break
-                entries[entry.name] = entry
-            size += len(line)
+        except OSError as err:
+            raise StorageError(f"cannot read {str(path)!r}: {err.strerror or err}.") from err
+        size = raw.rfind(b"\n") + 1
+        first, *lines = raw[:size].split(b"\n")[:-1] or [b""]
+        fingerprint = _parse_first(path, first)
         if fingerprint is None:
             return None
-        with storage_errors(path):
-            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-            os.ftruncate(fd, size)
+        entries = {entry.name: entry for line in lines if (entry := _parse_entry(line)) is not None}
+        if n_damaged := sum(_parse_entry(line) is None for line in lines):
+            logger.warning("%d lines of the journal are damaged: those tensors are done again", n_damaged)
+        fd = open_new(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            with storage_errors(path):
+                os.ftruncate(fd, size)
+        except BaseException:
+            os.close(fd)
+            raise
         return cls(path, fd, fingerprint, entries)
 
     def add(self, entry: Entry) -> None:
-        """Append a finished tensor; it survives a killed process from now on."""
+        """Append a finished tensor; it survives a killed process from now on.
+
+        Raises
+        ------
+        StorageError : it cannot be written; the journal is as it was.
+        """
         self._append(
             {"name": entry.name, "crc32": entry.crc32, "record": entry.record, "seconds": round(entry.seconds, 4)}
         )
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self.sync()
 
     def sync(self) -> None:
         """Wait until the journal is on the disk."""
         with storage_errors(self.path):
             os.fsync(self._fd)
+        self._synced = time.monotonic()
 
     def close(self) -> None:
         """Close the file."""
@@ -102,15 +124,55 @@ class Journal:
 
     def _append(self, row: Mapping[str, Any]) -> None:
         with storage_errors(self.path):
-            data = memoryview(json.dumps(row, separators=(",", ":")).encode() + b"\n")
-            while data:
-                data = data[os.write(self._fd, data) :]
+            data = memoryview(_encode(row))
+            size = os.fstat(self._fd).st_size
+            try:
+                while data:
+                    data = data[os.write(self._fd, data) :]
+            except OSError:
+                os.ftruncate(self._fd, size)  # half a line would spoil the one that comes after it
+                raise
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The JSON object of a whole line, None for anything else."""
+def _encode(row: Mapping[str, Any]) -> bytes:
+    """A line: a JSON object whose last member is the CRC-32 of what is before it."""
+    text = json.dumps(row, separators=(",", ":")).encode()
+    return b'%s,"line_crc32":%d}\n' % (text[:-1], zlib.crc32(text[:-1]))
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
+    """The row of a line without its end; None if it is damaged."""
+    text, _, _ = line.rpartition(b',"line_crc32":')
     try:
-        row = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) else None
+    return row if isinstance(row, dict) and row.pop("line_crc32", None) == zlib.crc32(text) else None
+
+
+def _parse_first(path: Path, line: bytes) -> Mapping[str, Any] | None:
+    """The fingerprint in the first line of a journal."""
+    row = _decode(line)
+    if row is not None and row.get("format") == FORMAT and isinstance(row.get("fingerprint"), dict):
+        fingerprint: Mapping[str, Any] = row["fingerprint"]
+        return fingerprint
+    try:
+        parsed = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    other = parsed.get("format") if isinstance(parsed, dict) else None
+    if isinstance(other, str) and other.startswith(_ANY_FORMAT) and other != FORMAT:
+        raise UsageError(
+            f"the run to resume in {str(path.parent)!r} was begun by another version of mendlm: its journal is "
+            f"{other!r}, this mendlm writes {FORMAT!r}. Finish it with that version, or pass --overwrite to start anew."
+        )
+    return None
+
+
+def _parse_entry(line: bytes) -> Entry | None:
+    """The entry in a line of a journal; None if it is damaged."""
+    row = _decode(line)
+    try:
+        return None if row is None else Entry(**row)
+    except TypeError:
+        return None

@@ -6,7 +6,8 @@ No file is mapped: mapped pages would count as resident memory. A tensor is read
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mendlm.checkpoints.header import FLOATING, Header, TensorInfo, read_header
+from mendlm.checkpoints.header import FLOATING, MAX_HEADER_BYTES, Header, TensorInfo, is_text, read_header, shorten
 from mendlm.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 CHUNK_BYTES = 8 * 2**20
+MAX_JSON_BYTES = MAX_HEADER_BYTES  # config, index: an index names the tensors that the headers name
 
+_MAX_NAME_BYTES = 255  # of a file, in every common file system
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -78,22 +81,24 @@ def open_checkpoint(folder: Path, *, allow_packed: bool = False) -> Checkpoint:
     config = read_json_object(inside(folder, CONFIG_FILE))
     _refuse_quantized(folder, config, allow_packed)
     if weights == SINGLE_FILE:
-        return Checkpoint(folder, config, (_open_shard(folder, SINGLE_FILE),), None)
+        return Checkpoint(folder, config, (open_shard(folder, SINGLE_FILE),), None)
     index = read_json_object(inside(folder, INDEX_FILE))
-    weight_map = _check_weight_map(index)
-    shards = tuple(_open_shard(folder, name) for name in sorted(set(weight_map.values())))
-    _check_index(weight_map, shards)
+    weight_map = check_weight_map(index)
+    shards = tuple(open_shard(folder, name) for name in sorted(set(weight_map.values())))
+    check_index(weight_map, {shard.name: shard.header.by_name.keys() for shard in shards})
     return Checkpoint(folder, config, shards, index)
 
 
 def read_tensor(shard: Shard, info: TensorInfo) -> Tensor:
-    """Read one tensor of a floating dtype into fresh memory, on the CPU.
+    """Read one tensor of a floating dtype or uint8 into fresh memory, on the CPU.
 
     Raises
     ------
-    CheckpointError : the file cannot be read, or has become shorter.
+    CheckpointError : it has another dtype, or the file cannot be read or has become shorter.
     """
-    tensor = torch.empty(info.shape, dtype=FLOATING[info.dtype])
+    if info.dtype not in FLOATING and info.dtype != "U8":
+        raise CheckpointError(f"{info.name!r} has dtype {info.dtype}, and only floating weights and bitmasks are read.")
+    tensor = torch.empty(info.shape, dtype=FLOATING.get(info.dtype, torch.uint8))
     if tensor.numel():
         _fill(shard, shard.header.data_start + info.start, as_bytes(tensor))
     return tensor
@@ -150,6 +155,13 @@ def _fill(shard: Shard, offset: int, target: memoryview) -> None:
             target = target[n:]
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether `name` can only be a file of the folder that it is looked up in, on any system."""
+    if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
+        return False
+    return len(os.fsencode(name) if is_text(name) else name) <= _MAX_NAME_BYTES
+
+
 def inside(folder: Path, name: str) -> Path:
     """Path of the file `name` in `folder`.
 
@@ -158,8 +170,10 @@ def inside(folder: Path, name: str) -> Path:
     CheckpointError : `name` is not a plain file name, or a link that leads out of the folder (links of a hub cache,
         ``snapshots/<revision>/`` into ``blobs/``, may stay).
     """
-    if not name or name in (".", "..") or any(c in name for c in "/\\\0") or Path(name).is_absolute():
-        raise CheckpointError(f"{name!r} is not a plain file name, and only files in the checkpoint's folder are read.")
+    if not is_plain_name(name):
+        raise CheckpointError(
+            f"{shorten(name)} is not a plain file name, and only files in the checkpoint's folder are read."
+        )
     path = folder / name
     home = folder.resolve()
     allowed = [home]
@@ -179,18 +193,31 @@ def read_json_object(path: Path) -> dict[str, Any]:
     ------
     CheckpointError : missing, unreadable, not JSON or not an object.
     """
+    with read_errors(path):
+        if not path.exists():
+            raise CheckpointError(f"{path.name!r} is missing. The download is probably incomplete: fetch it again.")
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise CheckpointError(f"{path.name!r} is not a file. Fetch it again.")
+        with path.open("rb") as file:
+            raw = file.read(MAX_JSON_BYTES + 1)
+    return parse_json_object(raw, path.name)
+
+
+def parse_json_object(raw: bytes, name: str) -> dict[str, Any]:
+    """The JSON object that the file `name` holds.
+
+    Raises
+    ------
+    CheckpointError : longer than `MAX_JSON_BYTES`, not JSON or not an object.
+    """
+    if len(raw) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{name!r} is longer than {MAX_JSON_BYTES} bytes, the limit. Fetch that file again.")
     try:
-        parsed = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError as err:
-        raise CheckpointError(
-            f"{path.name!r} is missing. The download is probably incomplete: fetch it again."
-        ) from err
-    except OSError as err:
-        raise CheckpointError(f"cannot read {path.name!r}: {err.strerror or err}.") from err
+        parsed = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as err:
-        raise CheckpointError(f"{path.name!r} is not valid JSON: {err}. Fetch that file again.") from err
+        raise CheckpointError(f"{name!r} is not valid JSON: {str(err)[:200]}. Fetch that file again.") from err
     if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path.name!r} must hold a JSON object, got {type(parsed).__name__}. Fetch it again.")
+        raise CheckpointError(f"{name!r} must hold a JSON object, got {type(parsed).__name__}. Fetch it again.")
     return parsed
 
 
@@ -241,7 +268,8 @@ def _refuse_quantized(folder: Path, config: Mapping[str, Any], allow_packed: boo
     )
 
 
-def _open_shard(folder: Path, name: str) -> Shard:
+def open_shard(folder: Path, name: str) -> Shard:
+    """Read the header of the shard `name`; errors as `open_checkpoint`."""
     path = inside(folder, name)
     if not path.is_file():
         raise CheckpointError(
@@ -249,34 +277,54 @@ def _open_shard(folder: Path, name: str) -> Shard:
             "The download is probably incomplete: fetch that shard again. Nothing was written."
         )
     header = read_header(path)
-    stat = path.stat()
+    with read_errors(path):
+        stat = path.stat()
     return Shard(name, path, header, stat.st_size, stat.st_mtime_ns)
 
 
-def _check_weight_map(index: Mapping[str, Any]) -> dict[str, str]:
+def check_weight_map(index: Mapping[str, Any]) -> dict[str, str]:
+    """Tensor name -> file name of a parsed index.
+
+    Raises
+    ------
+    CheckpointError : there is no such map, or a file name is not a plain one.
+    """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{INDEX_FILE!r} has no weight_map from tensor names to file names. Fetch it again.")
     for tensor, shard in weight_map.items():
-        if any(c in shard for c in "/\\\0") or shard in ("", ".", "..") or Path(shard).is_absolute():
+        if not is_plain_name(shard) or not is_text(shard):
             raise CheckpointError(
-                f"{INDEX_FILE!r} puts {tensor!r} into {shard!r}, which is not a plain file name. Only files in the "
-                "checkpoint's folder are read: do not trust this checkpoint before you know where it comes from."
+                f"{INDEX_FILE!r} puts {shorten(tensor)} into {shorten(shard)}, which is not a plain file name. Only "
+                "files in the checkpoint's folder are read: do not trust this checkpoint before you know where it "
+                "comes from."
             )
     return weight_map
 
 
-def _check_index(weight_map: Mapping[str, str], shards: tuple[Shard, ...]) -> None:
-    for shard in shards:
-        listed = {tensor for tensor, name in weight_map.items() if name == shard.name}
-        held = set(shard.header.by_name)
-        for tensor in sorted(listed - held):
+def check_index(weight_map: Mapping[str, str], held: Mapping[str, Collection[str]]) -> None:
+    """Check that an index and the shards' headers name the same tensors.
+
+    Parameters
+    ----------
+    weight_map : tensor name -> file name.
+    held : file name -> names of the tensors in it, of every file of `weight_map`.
+
+    Raises
+    ------
+    CheckpointError : a tensor is in one of them only.
+    """
+    listed: dict[str, set[str]] = {name: set() for name in held}
+    for tensor, name in weight_map.items():
+        listed[name].add(tensor)
+    for name, tensors in held.items():
+        for tensor in sorted(listed[name].difference(tensors)):
             raise CheckpointError(
-                f"{INDEX_FILE!r} lists {tensor!r} in {shard.name!r}, which holds no such tensor. The download is "
+                f"{INDEX_FILE!r} lists {shorten(tensor)} in {name!r}, which holds no such tensor. The download is "
                 "probably incomplete or mixes two versions: fetch that shard again. Nothing was written."
             )
-        for tensor in sorted(held - listed):
+        for tensor in sorted(set(tensors) - listed[name]):
             raise CheckpointError(
-                f"{shard.name!r} holds {tensor!r}, which {INDEX_FILE!r} does not list there. Index and shards are "
+                f"{name!r} holds {tensor!r}, which {INDEX_FILE!r} does not list there. Index and shards are "
                 "probably of different versions: fetch both again. Nothing was written."
             )

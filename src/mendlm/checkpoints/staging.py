@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mendlm.checkpoints.journal import Journal
-from mendlm.checkpoints.writer import storage_errors
+from mendlm.checkpoints.writer import open_new, storage_errors
 from mendlm.errors import StorageError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -83,9 +83,13 @@ class Staging:
 
     def release(self) -> None:
         """Leave the unfinished work for a later run with resume."""
-        self.journal.sync()
-        self.journal.close()
-        os.close(self._lock)
+        try:
+            self.journal.sync()
+        except StorageError as err:  # resuming checks what is there: an error that is on its way out matters more
+            logger.warning("%s", err)
+        finally:
+            self.journal.close()
+            os.close(self._lock)
 
     def discard(self) -> None:
         """Remove the unfinished work, and the parents of OUT that were made for it."""
@@ -103,7 +107,7 @@ class Staging:
         """
         aside = self.target.parent / f".{self.target.name}.mendlm-old"
         with storage_errors(self.target):
-            _sync_folder(self.files)
+            _sync_tree(self.files)
             if self.journal.fingerprint[_REPLACES] and is_filled(self.target):
                 _remove(aside)
                 self.target.rename(aside)
@@ -114,9 +118,10 @@ class Staging:
                     aside.rename(self.target)
                 raise
             _sync_folder(self.target.parent)
-            _remove(aside)
+        # OUT is complete and on the disk. What cannot be removed now costs space, and is removed by a later run.
         self.journal.close()
-        shutil.rmtree(self._root, ignore_errors=True)
+        for leftover in (aside, self._root):
+            shutil.rmtree(leftover, ignore_errors=True)
         os.close(self._lock)
 
 
@@ -143,6 +148,7 @@ def open_staging(target: Path, fingerprint: Mapping[str, Any], *, resume: bool, 
     try:
         with storage_errors(root):
             root.mkdir(exist_ok=True)
+            _check_no_links(root)
         lock = _acquire(root)
         journal = _continue(target, root, fingerprint, resume=resume, overwrite=overwrite)
         if journal is None:
@@ -150,6 +156,8 @@ def open_staging(target: Path, fingerprint: Mapping[str, Any], *, resume: bool, 
                 _remove(root / "out")
                 journal = Journal.create(root / "journal.jsonl", {**fingerprint, _REPLACES: overwrite})
                 (root / "out").mkdir()
+                for folder in (root, root.parent):  # or a power failure could lose the journal and keep the data
+                    _sync_folder(folder)
     except BaseException:
         if lock >= 0:
             if not (root / "out").is_dir():
@@ -179,6 +187,8 @@ def _continue(
             journal.close()
         raise _not_empty(target)
     if journal is None:
+        if unfinished:
+            logger.warning("the journal in %s is missing or damaged: the work is done again", root)
         return None
     old = {key: value for key, value in journal.fingerprint.items() if key != _REPLACES}
     if changes := differences(old, fingerprint):
@@ -242,8 +252,7 @@ def check_space(staging: Staging, needed_bytes: int) -> None:
 def _acquire(root: Path) -> int:
     """Lock the staging folder for this process; the lock goes away with the process, however it ends."""
     path = root / "lock"
-    with storage_errors(root):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    fd = open_new(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The other run may have finished, and removed the file, between our open and our lock.
@@ -252,11 +261,21 @@ def _acquire(root: Path) -> int:
         if err.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK):
             logger.warning("this file system has no locks: make sure that no other run writes to the same folder")
             return fd
+        if err.errno not in (errno.EAGAIN, errno.EACCES, errno.ENOENT):
+            os.close(fd)
+            raise StorageError(f"cannot lock {str(path)!r}: {err.strerror or err}.") from err
         gone = True
     if gone:
         os.close(fd)
         raise StorageError("another run is writing to the same OUT. Wait until it has finished, or choose another OUT.")
     return fd
+
+
+def _check_no_links(root: Path) -> None:
+    """Raise `StorageError` if someone put a link where this run would write: what it leads to would be overwritten."""
+    for folder in (root, root / "out"):
+        if folder.is_symlink():
+            raise StorageError(f"{str(folder)!r} is a link, which is not followed. Remove it.")
 
 
 def _make_parents(root: Path) -> tuple[Path, ...]:
@@ -280,9 +299,26 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def _sync_tree(folder: Path) -> None:
+    """Wait until the names of everything in a folder are on the disk; files are synced by those who write them."""
+    for path, _, _ in os.walk(folder, onerror=_raise):
+        _sync_folder(Path(path))
+
+
+def _raise(err: OSError) -> None:
+    raise err
+
+
 def _sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as err:
+        if err.errno not in (
+            errno.EINVAL,
+            errno.EOPNOTSUPP,
+            errno.EBADF,
+        ):  # some network file systems have no such call
+            raise
     finally:
         os.close(fd)

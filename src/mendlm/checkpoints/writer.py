@@ -7,7 +7,9 @@ once, and a tensor goes to its place whenever it is ready. A full disk thus show
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +24,8 @@ from mendlm.checkpoints.header import FLOATING, encode_header
 from mendlm.checkpoints.reader import CHUNK_BYTES, read_errors
 from mendlm.errors import StorageError
 
+SYNC_SECONDS = 30.0  # a power failure costs the work of this time, and what is in flight
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_FALLOCATE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
@@ -34,6 +38,8 @@ def storage_errors(path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as err:
+        if err.errno == errno.ELOOP:
+            raise StorageError(f"{str(path)!r} is a link, which is not followed. Remove it.") from err
         if err.errno in _FULL:
             raise StorageError(
                 f"no space left for {str(path)!r} ({err.strerror}). Free some space, or write to another disk."
@@ -76,10 +82,10 @@ class ShardWriter:
         self.path = folder / layout.name
         self.layout = layout
         self._fd = -1
+        self._synced = time.monotonic()
 
     def __enter__(self) -> Self:
-        with storage_errors(self.path):
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._fd = open_new(self.path, os.O_RDWR | os.O_CREAT)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
@@ -118,37 +124,69 @@ class ShardWriter:
                 _write_all(self._fd, chunk, offset)
                 offset += len(chunk)
                 crc32 = zlib.crc32(chunk, crc32)
+            if time.monotonic() - self._synced > SYNC_SECONDS:
+                self.sync()
         if offset != end:
             raise StorageError(f"{name!r} has {end - offset} bytes fewer than the {info.n_bytes} planned for it.")
         return crc32
 
     def checksum(self, names: Iterable[str]) -> int:
-        """CRC-32 of the bytes on disk of the tensors `names`, one after the other."""
+        """CRC-32 of the bytes on disk of the tensors `names`, one after the other.
+
+        Raises
+        ------
+        StorageError : they cannot be read.
+        """
         crc32 = 0
-        with storage_errors(self.path):
-            for name in names:
-                info = self.layout.infos[name]
-                first = len(self.layout.header)
-                for start in range(info.start, info.end, CHUNK_BYTES):
-                    n = min(CHUNK_BYTES, info.end - start)
-                    crc32 = zlib.crc32(os.pread(self._fd, n, first + start), crc32)
+        for name in names:
+            for piece in self._pieces(name):
+                crc32 = zlib.crc32(piece, crc32)
         return crc32
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name` as it is on the disk, in fresh memory on the CPU."""
+        """The tensor `name` as it is on the disk, in fresh memory on the CPU.
+
+        Raises
+        ------
+        StorageError : it cannot be read.
+        """
         info = self.layout.infos[name]
         dtype = torch.uint8 if info.dtype == "U8" else FLOATING[info.dtype]
         raw = bytearray()
-        first = len(self.layout.header)
-        with storage_errors(self.path):
-            for start in range(info.start, info.end, CHUNK_BYTES):
-                raw += os.pread(self._fd, min(CHUNK_BYTES, info.end - start), first + start)
+        for piece in self._pieces(name):
+            raw += piece
         return torch.frombuffer(raw, dtype=dtype).reshape(info.shape) if raw else torch.empty(info.shape, dtype=dtype)
 
     def sync(self) -> None:
         """Wait until the data is on the disk."""
         with storage_errors(self.path):
             os.fsync(self._fd)
+        self._synced = time.monotonic()
+
+    def _pieces(self, name: str) -> Iterator[bytes]:
+        """The bytes on disk of a tensor."""
+        info = self.layout.infos[name]
+        start, end = (len(self.layout.header) + at for at in (info.start, info.end))
+        while start < end:
+            try:
+                piece = os.pread(self._fd, min(CHUNK_BYTES, end - start), start)
+            except OSError as err:
+                raise StorageError(f"cannot read back {str(self.path)!r}: {err.strerror or err}.") from err
+            if not piece:
+                raise StorageError(f"{str(self.path)!r} became shorter while a run was at work on it.")
+            yield piece
+            start += len(piece)
+
+
+def open_new(path: Path, flags: int) -> int:
+    """A descriptor of a file to write, whose mode follows the umask; a link in its place is not followed.
+
+    Raises
+    ------
+    StorageError : it cannot be opened.
+    """
+    with storage_errors(path):
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -158,10 +196,7 @@ def write_file(path: Path, content: bytes) -> None:
     ------
     StorageError : the disk is full, or cannot be written.
     """
-    with storage_errors(path), path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    _write_new(path, [memoryview(content)])
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -169,16 +204,32 @@ def copy_file(source: Path, target: Path) -> None:
 
     Raises
     ------
-    CheckpointError : `source` cannot be opened.
+    CheckpointError : `source` cannot be read.
     StorageError : the disk is full, or `target` cannot be written.
     """
-    with read_errors(source):
-        old = source.open("rb")
-    with old, storage_errors(target), target.open("wb") as new:
-        while chunk := old.read(CHUNK_BYTES):
-            new.write(chunk)
-        new.flush()
-        os.fsync(new.fileno())
+    _write_new(target, _file_chunks(source))
+
+
+def _file_chunks(path: Path) -> Iterator[memoryview]:
+    with read_errors(path), path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield memoryview(chunk)
+
+
+def _write_new(path: Path, chunks: Iterable[memoryview]) -> None:
+    """Write a file from its beginning, and wait until it is on the disk."""
+    pieces = iter(chunks)
+    first = next(pieces, memoryview(b""))  # before the file is made: nothing of a source that cannot be read
+    fd = open_new(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        with storage_errors(path):
+            offset = 0
+            for piece in itertools.chain([first], pieces):
+                _write_all(fd, piece, offset)
+                offset += len(piece)
+            os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _preallocate(fd: int, size: int) -> None:
