@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,7 +49,7 @@ NumFewshotOption = Annotated[
     int | None,
     typer.Option("--num-fewshot", min=0, metavar="K", help="Examples in the prompt. Default: each task's own number."),
 ]
-TaskBatchSizeOption = Annotated[
+BatchSizeOption = Annotated[
     int | None,
     typer.Option("--batch-size", min=1, metavar="N", help="Requests at a time, for --tasks. Default: 8."),
 ]
@@ -64,60 +64,57 @@ CacheOption = Annotated[
 ]
 
 
-def run_tasks(
-    ctx: typer.Context,
-    models: Sequence[str],
-    tasks: str,
-    *,
-    task_path: Path | None,
-    limit: int | None,
-    num_fewshot: int | None,
-    batch_size: int | None,
-    device: str | None,
-    dtype: str | None,
-    runtime: str | None,
-    cache: Path | None,
-    as_json: bool,
-) -> None:
-    """Evaluate and print, as `mendlm.evaluation.tasks.evaluate`."""
+def wanted(ctx: typer.Context, for_text: Mapping[str, object]) -> bool:
+    """Whether the command is to evaluate tasks and not texts.
+
+    Parameters
+    ----------
+    ctx : of the command.
+    for_text : options that go with a text alone, by flag; None or an empty list is "not given".
+
+    Raises
+    ------
+    UsageError : options of both kinds.
+    """
+    if ctx.params["tasks"] is not None:
+        if given := [flag for flag, value in for_text.items() if value not in (None, [])]:
+            raise UsageError(f"{given[0]} measures a text and does not go with --tasks. Run them one after the other.")
+        return True
+    if given := [name for name in _FOR_TASKS if ctx.params[name] is not None]:
+        raise UsageError(f"--{given[0].replace('_', '-')} goes with --tasks, which was not given.")
+    return False
+
+
+_FOR_TASKS = ("task_path", "limit", "num_fewshot", "batch_size", "cache")
+
+
+def run_tasks(ctx: typer.Context, models: Sequence[str], *, as_json: bool) -> None:
+    """Evaluate and print, as `mendlm.evaluation.tasks.evaluate` and the options in `ctx` say."""
+    chosen = ctx.params
     ctx.find_root().obj.interrupt_hint = (
         "With --cache DIR the next run goes on where this one stopped."
-        if cache is None
+        if chosen["cache"] is None
         else "Run the same command again to go on from the requests answered so far."
     )
     with json_only(as_json) as stream:
         from mendlm.devices import resolve_device
         from mendlm.evaluation.tasks import DEFAULT_BATCH_SIZE, evaluate
 
-        where = None if device is None else resolve_device(device)
+        where = None if chosen["device"] is None else resolve_device(chosen["device"])
         with progress_view(stream, "eval") as view:
             view.noted("reading the tasks")
             report = evaluate(
                 models,
-                tasks.split(","),
-                task_path=task_path,
-                limit=limit,
-                num_fewshot=num_fewshot,
-                batch_size=batch_size or DEFAULT_BATCH_SIZE,
+                chosen["tasks"].split(","),
+                **{name: chosen[name] for name in ("task_path", "limit", "num_fewshot", "dtype", "runtime", "cache")},
+                batch_size=chosen["batch_size"] or DEFAULT_BATCH_SIZE,
                 device=where,
-                dtype=dtype,
-                runtime=runtime,
-                cache=cache,
                 progress=_shown_on(view, models),
             )
     if as_json:
         print_json(report.to_dict())
     else:
         _show(report)
-
-
-def check_alone(tasks: str | None, others: dict[str, object]) -> None:
-    """Raise `UsageError` for options that go with --tasks alone, given without it.
-
-    `others` are values by flag; None is "not given".
-    """
-    if tasks is None and (given := [flag for flag, value in others.items() if value is not None]):
-        raise UsageError(f"{given[0]} goes with --tasks, which was not given.")
 
 
 def _shown_on(view: ProgressView, models: Sequence[str]) -> Callable[[str, int, int], None]:
