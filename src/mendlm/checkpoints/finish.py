@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,5 +85,5 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         path = folder / name
         with read_errors(path), path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            hashes[name] = {"sha256": digest, "size_bytes": file.tell()}
+            hashes[name] = {"sha256": digest, "size_bytes": file.seek(0, os.SEEK_END)}
     return hashes

@@ -111,7 +111,9 @@ def read_header(path: Path) -> Header:
     """
     try:
         with path.open("rb") as file:
-            return parse_header(file, os.fstat(file.fileno()).st_size, path.name)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            return parse_header(file, size, path.name)
     except OSError as err:
         raise CheckpointError(f"cannot read {path.name!r}: {err.strerror or err}.") from err
 

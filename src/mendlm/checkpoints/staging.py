@@ -48,19 +48,24 @@ def check_target(out: str | Path, model: Path) -> Path:
     ------
     UsageError : OUT is a file, is MODEL, lies in it or holds it, or holds the current folder.
     """
-    target, source = Path(os.path.realpath(out)), model.resolve()
+    target, source = Path(os.path.realpath(out)), _local(model)
     if target.exists() and not target.is_dir():
         raise UsageError(f"OUT {str(out)!r} is a file. Give the name of a folder.")
-    if target.is_relative_to(source):
+    if source is not None and target.is_relative_to(source):
         raise UsageError(f"OUT {str(out)!r} is MODEL or lies inside it. Choose a folder outside {str(model)!r}.")
     for path, what in (
         (source, "MODEL"),
         (Path.cwd(), "the current folder"),
         (Path(os.path.expanduser("~")), "the home folder"),
     ):
-        if path.is_relative_to(target):
+        if path is not None and path.is_relative_to(target):
             raise UsageError(f"OUT {str(out)!r} holds {what}, which replacing it would remove. Choose a new folder.")
     return target
+
+
+def _local(folder: Path) -> Path | None:
+    """The real path of a folder of this machine; None for one of an object store (`mendlm.checkpoints.remote`)."""
+    return folder.resolve() if isinstance(folder, Path) else None
 
 
 class Staging:

@@ -223,7 +223,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     UsageError : the folder holds no `mendlm.json`.
     CheckpointError : the file is damaged, or of a version that this mendlm does not know.
     """
-    path = Path(folder) / MANIFEST_FILE
+    path = (Path(folder) if isinstance(folder, str) else folder) / MANIFEST_FILE
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as err:

@@ -1,0 +1,198 @@
+"""Object stores: checkpoints read from, and written to, any URL that fsspec knows (``s3://``, ``gs://``, ``memory://``).
+
+A remote MODEL is a `UPath` where a local one is a `Path`: headers and single tensors are read by range, nothing is
+copied to the disk first. A remote OUT is made in a folder on this machine, with its journal and its lock, and sent
+when it is complete; ``mendlm.json`` goes last, so that what is there without it is known to be unfinished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mendlm.checkpoints.staging import has_partial, is_filled
+from mendlm.errors import CheckpointError, MissingDependencyError, StorageError, UsageError
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://.")
+_LAST = ("config.json", "mendlm.json")  # sent after everything else, in this order
+
+
+def is_url(place: str | Path | Any) -> bool:
+    """Whether a place is written as a URL, or is the `UPath` of one."""
+    return _URL.match(str(place)) is not None
+
+
+def open_place(place: str | Path) -> Path:
+    """The folder at a place: a `Path`, or a `UPath`, which is used alike, for a URL.
+
+    Raises
+    ------
+    UsageError : a URL of a protocol that fsspec does not know.
+    MissingDependencyError : universal_pathlib, or the file system's own package (s3fs, gcsfs), is not installed.
+    """
+    if not is_url(place):
+        return Path(place).expanduser()
+    try:
+        from upath import UPath
+    except ImportError as err:
+        raise MissingDependencyError(
+            f"{str(place)!r} is a URL, which needs universal_pathlib. Run: pip install 'mendlm[remote]'."
+        ) from err
+    try:
+        path: Any = UPath(place)
+        _ = path.fs
+    except ValueError as err:
+        raise UsageError(f"{str(place)!r} is of no protocol that fsspec knows ({err}). Check its first part.") from err
+    except ImportError as err:
+        raise MissingDependencyError(f"{str(place)!r} cannot be opened: {str(err).rstrip('.')}.") from err
+    found: Path = path
+    return found
+
+
+@contextmanager
+def remote_errors(url: str, *, writing: bool) -> Iterator[None]:
+    """Turn what a remote file system raises into a `StorageError` or a `CheckpointError` that names the URL."""
+    try:
+        yield
+    except (CheckpointError, StorageError, UsageError):
+        raise
+    except Exception as err:  # every file system has exceptions of its own
+        reason = (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(" .")
+        if writing:
+            raise StorageError(f"cannot write {url!r}: {reason}. Run again with --resume.") from err
+        raise CheckpointError(f"cannot read {url!r}: {reason}.") from err
+
+
+def staging_target(url: str) -> Path:
+    """The folder on this machine in which what goes to `url` is made: in MENDLM_STAGING, else in the user's cache."""
+    base = os.environ.get("MENDLM_STAGING")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = Path(base).expanduser() if base else Path(cache) / "mendlm" / "staging"
+    digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+    return root / f"{digest}-{re.sub('[^A-Za-z0-9._-]', '_', url.rstrip('/').rpartition('/')[2])}"
+
+
+class RemoteFolder:
+    """What is at the URL of an OUT.
+
+    Parameters
+    ----------
+    url : where it is.
+
+    Raises
+    ------
+    UsageError, MissingDependencyError : as `open_place`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.path: Any = open_place(self.url)
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes of the files directly in it; empty if there is nothing.
+
+        Raises
+        ------
+        UsageError : it is a file.
+        CheckpointError : the store cannot be reached.
+        """
+        fs = self.path.fs
+        with remote_errors(self.url, writing=False):
+            fs.invalidate_cache()
+            if not fs.exists(self.path.path):
+                return {}
+            if fs.isfile(self.path.path):
+                raise UsageError(f"OUT {self.url!r} is a file. Give the name of a folder.")
+            entries = fs.ls(self.path.path, detail=True)
+        return {_base(entry["name"]): int(entry["size"] or 0) for entry in entries if entry["type"] == "file"}
+
+    def clear(self) -> None:
+        """Remove the files in it, ``mendlm.json`` first: from then on it is known to be unfinished."""
+        with remote_errors(self.url, writing=True):
+            for name in sorted(self.sizes(), key=_order, reverse=True):
+                (self.path / name).unlink()
+
+    def send(self, folder: Path, sent: Path) -> None:
+        """Copy the files of `folder` to it, those that decide last.
+
+        Parameters
+        ----------
+        folder : a complete OUT.
+        sent : a file that lists what is there already, a name a line; added to after each file.
+
+        Raises
+        ------
+        StorageError : the store refuses, cannot be reached or lost something. What is in `folder` stays.
+        """
+        done = set(sent.read_text(encoding="utf-8").splitlines()) if sent.exists() else set()
+        names = sorted((path.name for path in folder.iterdir()), key=lambda name: (_order(name), name))
+        with remote_errors(self.url, writing=True), sent.open("a", encoding="utf-8") as log:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                if name not in done:
+                    self.path.fs.put_file(str(folder / name), (self.path / name).path)
+                    log.write(f"{name}\n")
+                    log.flush()
+                    logger.info("sent %s to %s", name, self.url)
+            there = self.sizes()
+            for name in names:
+                if there.get(name) != (folder / name).stat().st_size:
+                    sent.unlink()
+                    raise StorageError(f"{name!r} at {self.url!r} is not what was sent. Run again with --resume.")
+
+
+def deliver(
+    url: str, make: Callable[[Path], R], finished: Callable[[Path], R], *, overwrite: bool, resume: bool
+) -> tuple[R, Path]:
+    """Make an OUT on this machine, send it to `url` and remove it here; what was made, and where it is.
+
+    Parameters
+    ----------
+    url : of OUT.
+    make : makes or continues OUT in a folder of this machine.
+    finished : checks that a complete OUT is what this run would give, and returns what `make` would.
+    overwrite, resume : what the caller allows.
+
+    Raises
+    ------
+    UsageError : OUT is not empty, or unfinished work is there, and the caller does not allow to replace or continue it.
+    StorageError : as `RemoteFolder.send`; what was made stays on this machine, and `resume` sends the rest.
+    """
+    remote, target = RemoteFolder(url), staging_target(url)
+    sent = target.with_name(f"{target.name}.sent")
+    there, begun = remote.sizes(), is_filled(target) or has_partial(target)
+    if resume and not begun and _LAST[-1] in there:
+        return finished(remote.path), remote.path
+    if there and not overwrite and not (resume and begun):
+        raise UsageError(f"OUT {remote.url!r} exists and is not empty. Pass --overwrite, or choose another folder.")
+    if begun and not overwrite and not resume:
+        raise UsageError(
+            f"a previous run into {remote.url!r} stopped half-way (its work is in {str(target.parent)!r}). "
+            "Pass --resume to continue it, or --overwrite to start anew."
+        )
+    made = make(target)
+    if there and not sent.exists():
+        remote.clear()
+    remote.send(target, sent)
+    shutil.rmtree(target, ignore_errors=True)
+    sent.unlink()
+    return made, remote.path
+
+
+def _base(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2]
+
+
+def _order(name: str) -> int:
+    return _LAST.index(name) + 1 if name in _LAST else 0
