@@ -50,6 +50,9 @@ _LAZY = {
     "perplexity": "mendlm.evaluation.perplexity",
     "refine": "mendlm.refiners",
     "select_mask": "mendlm.selection",
+    "SweepRecord": "mendlm.sweeping",
+    "SweepResult": "mendlm.sweeping",
+    "sweep": "mendlm.sweeping",
 }
 __all__ = ["MendError", *_LAZY]
 
@@ -92,6 +95,9 @@ if TYPE_CHECKING:
     from mendlm.selection import select_mask as select_mask
     from mendlm.speed import BenchResult as BenchResult
     from mendlm.speed import bench as bench
+    from mendlm.sweeping import SweepRecord as SweepRecord
+    from mendlm.sweeping import SweepResult as SweepResult
+    from mendlm.sweeping import sweep as sweep
 
 
 def __getattr__(name: str) -> Any:

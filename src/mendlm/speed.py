@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 
 from mendlm import errors
 from mendlm._inference import inference_dtype
+from mendlm._processes import ended
 from mendlm.devices import resolve_device
 from mendlm.errors import MendError, UsageError
 from mendlm.loading import is_compressed
@@ -216,17 +216,10 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
     program = [sys.executable, "-P", "-c", _PROGRAM]
     message = json.dumps(job | {"sys_path": sys.path})
     done = subprocess.run(program, input=message, capture_output=True, text=True, encoding="utf-8", errors="replace")
-    if done.returncode < 0:
-        number = -done.returncode
-        name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
-        memory = " Probably out of memory." if name == "SIGKILL" else ""
-        return {"error": {"type": "MendError", "message": f"its process was ended by {name}.{memory}"}}
     try:
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        answer: dict[str, Any] = json.loads("" if done.returncode < 0 else done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        said = done.stderr.strip().splitlines()[-1:] or ["nothing was said"]
-        failed = f"its process failed with exit code {done.returncode}: {said[0]}"
-        return {"error": {"type": "MendError", "message": failed}}
+        return {"error": {"type": "MendError", "message": ended(done.returncode, done.stderr)}}
     return answer
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mendlm.cli import bench, compress, evaluate, export, generate, import_gguf, inspect, plan, recipes
+from mendlm.cli import bench, compress, evaluate, export, generate, import_gguf, inspect, plan, recipes, sweep
 from mendlm.cli._options import TracebackOption
 
 _EXAMPLES = """[bold]Examples[/bold]
@@ -55,6 +55,7 @@ def build_command() -> Any:
     app.command("compress", epilog=compress.EXAMPLES)(compress.compress)
     app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
     app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+    app.command("sweep", epilog=sweep.EXAMPLES)(sweep.sweep)
     app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
     app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
     app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
