@@ -154,7 +154,7 @@ def open_staging(target: Path, fingerprint: Mapping[str, Any], *, resume: bool, 
         with storage_errors(root):
             root.mkdir(exist_ok=True)
             _check_no_links(root)
-        lock = _acquire(root)
+        lock = lock_folder(root)
         journal = _continue(target, root, fingerprint, resume=resume, overwrite=overwrite)
         if journal is None:
             with storage_errors(root):
@@ -214,7 +214,7 @@ def remove_leftovers(target: Path) -> None:
     root = partial_folder(target)
     if root.is_dir() and not (root / "out").exists():
         try:
-            lock = _acquire(root)
+            lock = lock_folder(root)
         except StorageError:
             return
         shutil.rmtree(root, ignore_errors=True)
@@ -254,8 +254,8 @@ def check_space(staging: Staging, needed_bytes: int) -> None:
         )
 
 
-def _acquire(root: Path) -> int:
-    """Lock the staging folder for this process; the lock goes away with the process, however it ends."""
+def lock_folder(root: Path) -> int:
+    """Lock a folder for this process, by its file ``lock``; the lock goes away with the process, however it ends."""
     path = root / "lock"
     fd = open_new(path, os.O_RDWR | os.O_CREAT)
     try:

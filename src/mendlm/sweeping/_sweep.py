@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 from mendlm.checkpoints.finish import hash_files, input_files, to_json
 from mendlm.checkpoints.reader import Checkpoint
-from mendlm.checkpoints.staging import _acquire as acquire_lock
-from mendlm.checkpoints.staging import check_target, differences
+from mendlm.checkpoints.staging import check_target, differences, lock_folder
 from mendlm.checkpoints.writer import storage_errors, write_file
 from mendlm.config import Recipe
 from mendlm.devices import resolve_device
@@ -389,7 +388,7 @@ class _Run:
         """Tell."""
         self._tell(PointNote(job.name, what, *self._counts()))
 
-    def done(self, job: Job, figures: dict[str, Any]) -> None:
+    def measured(self, job: Job, figures: dict[str, Any]) -> None:
         """Keep the figures."""
         self._add(job, figures | {"status": "done", "error": None})
 
@@ -483,7 +482,7 @@ def _opened(out: Path) -> Iterator[None]:
     """Make the folder of a sweep and lock it; the lock goes away with the process, however it ends."""
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    lock = acquire_lock(out)
+    lock = lock_folder(out)
     try:
         yield
     finally:

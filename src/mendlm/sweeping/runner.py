@@ -72,7 +72,7 @@ class Watcher(Protocol):
     def noted(self, job: Job, what: str) -> None:
         """`job` is at `what`."""
 
-    def done(self, job: Job, figures: dict[str, Any]) -> None:
+    def measured(self, job: Job, figures: dict[str, Any]) -> None:
         """`job` gave `figures`: fields of a `SweepRecord`."""
 
     def failed(self, job: Job, error: str) -> None:
@@ -115,7 +115,7 @@ def run_jobs(jobs: Iterable[Job], watcher: Watcher, *, workers: int = 1, minutes
                 continue
             running.remove(process)
             if "figures" in message:
-                watcher.done(process.job, message["figures"])
+                watcher.measured(process.job, message["figures"])
             else:
                 watcher.failed(process.job, message["error"]["message"])
     finally:
