@@ -124,7 +124,7 @@ def quiet_harness() -> Iterator[TextIO]:
     """
     stdout = sys.stdout
     bar: Any = importlib.import_module("tqdm.std").tqdm
-    original, add_env_info = bar.__init__, evaluator.add_env_info
+    original, describers = bar.__init__, (evaluator.add_env_info, evaluator.get_git_commit_hash)
 
     @functools.wraps(original)
     def silent(self: Any, *args: Any, **options: Any) -> None:
@@ -138,13 +138,13 @@ def quiet_harness() -> Iterator[TextIO]:
             for logger in loggers:
                 logger.setLevel(logging.CRITICAL)
             bar.__init__ = silent
-            # It starts a dozen programs to describe the machine, for a field that nothing here uses.
-            evaluator.add_env_info = lambda results: None
+            # They start a dozen programs, git aloud, to describe the machine in fields that nothing here uses.
+            evaluator.add_env_info, evaluator.get_git_commit_hash = (lambda results: None), (lambda: None)
             datasets.disable_progress_bars()
             yield stdout
     finally:
         bar.__init__ = original
-        evaluator.add_env_info = add_env_info
+        evaluator.add_env_info, evaluator.get_git_commit_hash = describers
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if not bars:
