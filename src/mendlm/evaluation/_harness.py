@@ -124,7 +124,8 @@ def quiet_harness() -> Iterator[TextIO]:
     """
     stdout = sys.stdout
     bar: Any = importlib.import_module("tqdm.std").tqdm
-    original, describers = bar.__init__, (evaluator.add_env_info, evaluator.get_git_commit_hash)
+    original, stored = bar.__init__, vars(bar)["__init__"]
+    describers = (evaluator.add_env_info, evaluator.get_git_commit_hash)
 
     @functools.wraps(original)
     def silent(self: Any, *args: Any, **options: Any) -> None:
@@ -143,7 +144,7 @@ def quiet_harness() -> Iterator[TextIO]:
             datasets.disable_progress_bars()
             yield stdout
     finally:
-        bar.__init__ = original
+        bar.__init__ = stored
         evaluator.add_env_info, evaluator.get_git_commit_hash = describers
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
