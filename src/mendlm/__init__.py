@@ -50,6 +50,8 @@ _LAZY = {
     "perplexity": "mendlm.evaluation.perplexity",
     "refine": "mendlm.refiners",
     "select_mask": "mendlm.selection",
+    "Verification": "mendlm.verifying",
+    "verify": "mendlm.verifying",
     "SweepRecord": "mendlm.sweeping",
     "SweepResult": "mendlm.sweeping",
     "sweep": "mendlm.sweeping",
@@ -98,6 +100,8 @@ if TYPE_CHECKING:
     from mendlm.sweeping import SweepRecord as SweepRecord
     from mendlm.sweeping import SweepResult as SweepResult
     from mendlm.sweeping import sweep as sweep
+    from mendlm.verifying import Verification as Verification
+    from mendlm.verifying import verify as verify
 
 
 def __getattr__(name: str) -> Any:

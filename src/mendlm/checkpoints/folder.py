@@ -91,7 +91,7 @@ def open_folder(path: Path) -> Folder:
     if quantization.get("layout") != LAYOUT:
         raise UsageError(f"{str(path)!r} has layout {quantization.get('layout')!r}, this mendlm knows {LAYOUT!r}.")
     stems = sorted(name.removesuffix(VALUES) for name in parts if name.endswith(f".{VALUES}"))
-    packed = {f"{stem}weight": _gather(stem, parts) for stem in stems}
+    packed = {f"{stem}weight": gather(stem, parts) for stem in stems}
     # An empty tensor of the weight's own name may stand beside its parts: the guard against loading without mendlm.
     # For experts that were stacked in the input it is the stack's name.
     owned = {f"{stem}{part}" for stem in stems for part in (*PARTS, "weight")} | {str(quantization.get("guard"))}
@@ -103,7 +103,13 @@ def _by_name(shards: Iterable[Shard]) -> dict[str, Part]:
     return {info.name: Part(shard, info) for shard in shards for info in shard.header.tensors}
 
 
-def _gather(stem: str, parts: Mapping[str, Part]) -> Packed:
+def gather(stem: str, parts: Mapping[str, Part]) -> Packed:
+    """The parts of the weight ``{stem}weight``.
+
+    Raises
+    ------
+    CheckpointError : one is missing, or their shapes or dtypes do not fit together.
+    """
     missing = [part for part in PARTS if f"{stem}{part}" not in parts]
     if missing:
         raise CheckpointError(f"'{stem}weight' lacks its {missing[0]}. The folder is incomplete: fetch it again.")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mendlm.cli import bench, compress, evaluate, export, generate, import_gguf, inspect, plan, recipes, sweep
+from mendlm.cli import bench, compress, evaluate, export, generate, import_gguf, inspect, plan, recipes, sweep, verify
 from mendlm.cli._options import TracebackOption
 
 _EXAMPLES = """[bold]Examples[/bold]
@@ -59,6 +59,7 @@ def build_command() -> Any:
     app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
     app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
     app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
+    app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
     app.command("export", epilog=export.EXAMPLES)(export.export)
     app.command("import", epilog=import_gguf.EXAMPLES)(import_gguf.import_gguf)
     app.command("recipes", epilog=recipes.EXAMPLES)(recipes.recipes)
