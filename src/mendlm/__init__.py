@@ -49,6 +49,8 @@ _LAZY = {
     "plan_budget": "mendlm.budget_planning",
     "perplexity": "mendlm.evaluation.perplexity",
     "refine": "mendlm.refiners",
+    "ReportResult": "mendlm.report",
+    "report": "mendlm.report",
     "select_mask": "mendlm.selection",
     "Verification": "mendlm.verifying",
     "verify": "mendlm.verifying",
@@ -93,6 +95,8 @@ if TYPE_CHECKING:
     from mendlm.refiners import SLiMLoRA as SLiMLoRA
     from mendlm.refiners import ZeroShotSVD as ZeroShotSVD
     from mendlm.refiners import refine as refine
+    from mendlm.report import ReportResult as ReportResult
+    from mendlm.report import report as report
     from mendlm.runtime import SparseLowRankLinear as SparseLowRankLinear
     from mendlm.selection import select_mask as select_mask
     from mendlm.speed import BenchResult as BenchResult

@@ -1,6 +1,6 @@
-"""Charts: rows of plain values in, an Altair chart out; and charts as .png, .svg and .pdf files.
+"""Charts: rows of plain values in, Vega-Lite specifications out; and those as .png, .svg and .pdf files.
 
-Altair describes them in Vega-Lite, vl-convert draws them without a browser; the extra `mendlm[plot]` brings both.
+Altair makes the specifications, vl-convert draws them without a browser; the extra `mendlm[plot]` brings both.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from mendlm.errors import MissingDependencyError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from mendlm.budget_planning import BudgetPlan, PlannedBudget
+
+Spec = dict[str, Any]
+"""A Vega-Lite specification with its data inside."""
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -52,6 +55,7 @@ SERIES = ("c1", "c2", "c3", "c4", "c5", "c6", "c7")
 _SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"]
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 _WIDTH, _HEIGHT = 460, 280
+_ROWS = "rows"
 
 
 def theme(colours: Mapping[str, str] = LIGHT) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def theme(colours: Mapping[str, str] = LIGHT) -> dict[str, Any]:
     }
 
 
-def heat_map(cells: Sequence[Mapping[str, Any]], title: str, *, number: str = ".3~g", rows: str = "layer") -> Any:
+def heat_map(cells: Sequence[Mapping[str, Any]], title: str, *, number: str = ".3~g", rows: str = "layer") -> Spec:
     """A grid of coloured cells, layers down and projections across.
 
     Parameters
@@ -97,8 +101,9 @@ def heat_map(cells: Sequence[Mapping[str, Any]], title: str, *, number: str = ".
         alt.Tooltip("value:Q", title=title, format=number),
         *([alt.Tooltip("n:Q", title="mean of")] if several else []),
     ]
-    return (
-        _chart(cells)
+    return _with(
+        cells,
+        _chart()
         .mark_rect()
         .encode(
             x=alt.X("projection:N", sort=columns, title=None, axis=alt.Axis(labelAngle=-35, domain=False)),
@@ -106,16 +111,17 @@ def heat_map(cells: Sequence[Mapping[str, Any]], title: str, *, number: str = ".
             color=alt.Color("value:Q", title=None, scale=alt.Scale(scheme="viridis"), legend=alt.Legend(format=number)),
             tooltip=tooltip,
         )
-        .properties(width=_WIDTH, height=max(160, len(layers) * (14 if len(layers) <= 40 else 9)), title=title)
+        .properties(width=_WIDTH, height=max(160, len(layers) * (14 if len(layers) <= 40 else 9)), title=title),
     )
 
 
-def by_layer(cells: Sequence[Mapping[str, Any]], title: str) -> Any:
+def by_layer(cells: Sequence[Mapping[str, Any]], title: str) -> Spec:
     """One line a projection against the layer; `cells` as for `heat_map`."""
     alt = _altair()
     columns = list(dict.fromkeys(cell["projection"] for cell in cells))
-    return (
-        _chart(cells)
+    return _with(
+        cells,
+        _chart()
         .mark_line(point=True)
         .encode(
             x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d", grid=False)),
@@ -123,11 +129,11 @@ def by_layer(cells: Sequence[Mapping[str, Any]], title: str) -> Any:
             **_series("projection", columns, "shape", orient="right"),
             tooltip=["projection:N", "layer:Q", alt.Tooltip("value:Q", title=title, format=".4~g")],
         )
-        .properties(width=_WIDTH, height=_HEIGHT)
+        .properties(width=_WIDTH, height=_HEIGHT),
     )
 
 
-def spectrum(values: Sequence[Mapping[str, Any]], rank: int) -> Any:
+def spectrum(values: Sequence[Mapping[str, Any]], rank: int) -> Spec:
     """Singular values against their index, both on log scales, with a rule at the rank.
 
     Parameters
@@ -138,7 +144,7 @@ def spectrum(values: Sequence[Mapping[str, Any]], rank: int) -> Any:
     alt = _altair()
     parts = list(dict.fromkeys(value["part"] for value in values))
     lines = (
-        _chart(values)
+        _chart()
         .mark_line()
         .encode(
             x=alt.X("index:Q", title="index of the singular value", scale=alt.Scale(type="log"), axis=_log_axis()),
@@ -147,16 +153,24 @@ def spectrum(values: Sequence[Mapping[str, Any]], rank: int) -> Any:
             tooltip=["part:N", alt.Tooltip("index:Q"), alt.Tooltip("sigma:Q", format=".4~g")],
         )
     )
-    return (lines if rank < 1 else alt.layer(lines, _rule_at(rank))).properties(width=_WIDTH, height=_HEIGHT)
+    chart = lines if rank < 1 else alt.layer(lines, *_rule_at(rank))
+    return _with(values, chart.properties(width=_WIDTH, height=_HEIGHT))
 
 
-def convergence(values: Sequence[Mapping[str, Any]]) -> Any:
-    """Norms against the iteration, on a log scale; `values` are rows with `iteration`, `norm` and `value` > 0."""
+def convergence(values: Sequence[Mapping[str, Any]]) -> Spec:
+    """Norms against the iteration; `values` are rows with `iteration`, `norm` and `value` > 0.
+
+    On a log scale where they span a factor of 20 or more.
+    """
     alt = _altair()
     norms = list(dict.fromkeys(value["norm"] for value in values))
-    y = alt.Y("value:Q", title="Frobenius norm", scale=alt.Scale(type="log", zero=False), axis=_log_axis())
-    return (
-        _chart(values)
+    found = [float(value["value"]) for value in values]
+    log = bool(found) and max(found) > 20 * min(found)
+    scale, axis = (alt.Scale(type="log"), _log_axis()) if log else (alt.Scale(zero=False), alt.Axis(format="~g"))
+    y = alt.Y("value:Q", title="Frobenius norm", scale=scale, axis=axis)
+    return _with(
+        values,
+        _chart()
         .mark_line()
         .encode(
             x=alt.X("iteration:Q", title="iteration", axis=alt.Axis(tickMinStep=1, format="d", grid=False)),
@@ -164,11 +178,11 @@ def convergence(values: Sequence[Mapping[str, Any]]) -> Any:
             **_series("norm", norms, "strokeDash"),
             tooltip=["norm:N", "iteration:Q", alt.Tooltip("value:Q", format=".5~g")],
         )
-        .properties(width=_WIDTH, height=_HEIGHT)
+        .properties(width=_WIDTH, height=_HEIGHT),
     )
 
 
-def mask_tile(bits: Sequence[str]) -> Any:
+def mask_tile(bits: Sequence[str]) -> Spec:
     """A picture of a mask: kept entries are dark.
 
     Parameters
@@ -182,15 +196,16 @@ def mask_tile(bits: Sequence[str]) -> Any:
     axis = alt.Axis(grid=False, domain=False, tickMinStep=1, format="d", tickCount=5)
     x = alt.X("a:Q", title="column", scale=alt.Scale(domain=[0, d_in], nice=False), axis=axis)
     y = alt.Y("r:Q", title="row", scale=alt.Scale(domain=[d_out, 0], nice=False), axis=axis)
-    return (
-        _chart(runs)
+    return _with(
+        runs,
+        _chart()
         .mark_rect(stroke=None)
         .encode(x=x, x2="b:Q", y=y, y2="s:Q", color=alt.value("#0072b2"))
-        .properties(width=max(40, round(side * min(1.0, d_in / max(d_out, 1)))), height=side)
+        .properties(width=max(40, round(side * min(1.0, d_in / max(d_out, 1)))), height=side),
     )
 
 
-def pareto(points: Sequence[Mapping[str, Any]], title: str, *, log: bool = False) -> Any:
+def pareto(points: Sequence[Mapping[str, Any]], title: str, *, log: bool = False) -> Spec:
     """Models by stored bytes and quality, lower is better in both; a line through those that no other one beats.
 
     Parameters
@@ -204,7 +219,7 @@ def pareto(points: Sequence[Mapping[str, Any]], title: str, *, log: bool = False
     kind = {"type": "log"} if log else {"type": "linear", "zero": False}
     x = alt.X("mb:Q", title="stored MB", scale=alt.Scale(zero=False, padding=24), axis=alt.Axis(format="~g"))
     y = alt.Y("value:Q", title=title, scale=alt.Scale(**kind, padding=18), axis=_log_axis() if log else alt.Axis())
-    base = alt.Chart(_values(points)).encode(x=x, y=y)
+    base = _chart().encode(x=x, y=y)
     front = base.transform_filter("datum.best").mark_line(
         interpolate="step-after", color="#8a929b", strokeDash=[4, 3], strokeWidth=1.5
     )
@@ -215,14 +230,15 @@ def pareto(points: Sequence[Mapping[str, Any]], title: str, *, log: bool = False
     layers = [front, dots]
     if len(points) <= 12:
         layers.append(base.mark_text(dy=-11, limit=160).encode(text="label:N"))
-    return alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT + 20)
+    return _with(points, alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT + 20))
 
 
-def before_after(values: Sequence[Mapping[str, Any]], title: str) -> Any:
+def before_after(values: Sequence[Mapping[str, Any]], title: str) -> Spec:
     """Two values a block; `values` are rows with `block`, `when` ("before" or "after") and `value`."""
     alt = _altair()
-    return (
-        _chart(values)
+    return _with(
+        values,
+        _chart()
         .mark_line(point=True)
         .encode(
             x=alt.X("block:Q", title="block", axis=alt.Axis(tickMinStep=1, format="d", grid=False)),
@@ -230,14 +246,8 @@ def before_after(values: Sequence[Mapping[str, Any]], title: str) -> Any:
             **_series("when", ["before", "after"], "shape"),
             tooltip=["when:N", "block:Q", alt.Tooltip("value:Q", title=title, format=".4~g")],
         )
-        .properties(width=_WIDTH, height=_HEIGHT)
+        .properties(width=_WIDTH, height=_HEIGHT),
     )
-
-
-def specification(chart: Any) -> dict[str, Any]:
-    """A chart as Vega-Lite JSON, its data inside and without a config; the same for the same chart."""
-    spec: dict[str, Any] = chart.to_dict()
-    return {key: value for key, value in spec.items() if key not in ("config", "$schema")}
 
 
 def check_plot(path: Path) -> None:
@@ -254,8 +264,8 @@ def check_plot(path: Path) -> None:
     vl_convert()
 
 
-def save(chart: Any, path: Path) -> None:
-    """Draw a chart, or a specification, into a file on a white background; the same chart gives the same SVG.
+def save(spec: Spec, path: Path) -> None:
+    """Draw a chart into a file on a white background; the same one gives the same SVG.
 
     Raises
     ------
@@ -264,7 +274,6 @@ def save(chart: Any, path: Path) -> None:
     """
     check_plot(path)
     convert, kind = vl_convert(), path.suffix.lower()
-    spec = chart if isinstance(chart, dict) else specification(chart)
     options = {"vl_spec": spec, "config": theme() | {"background": LIGHT["paper"]}}
     if kind == ".svg":
         data = _renumbered(convert.vegalite_to_svg(**options)).encode()
@@ -301,7 +310,7 @@ def plot_budget(plan: BudgetPlan, path: Path) -> None:
         for title, values in panels
     ]
     title = f"{plan.target.name} {plan.target.value:g}, {plan.plan.totals.ratio:.1%} of the dense bytes"
-    save(_altair().hconcat(*charts).resolve_scale(color="independent").properties(title=title), path)
+    save({"title": title, "hconcat": charts, "resolve": {"scale": {"color": "independent"}}}, path)
 
 
 def column_of(tensor: PlannedBudget) -> str:
@@ -348,12 +357,22 @@ def _required(module: str, package: str) -> Any:
         ) from err
 
 
-def _chart(rows: Sequence[Mapping[str, Any]]) -> Any:
-    return _altair().Chart(_values(rows))
+def _chart() -> Any:
+    """A chart of the rows that `_with` puts in."""
+    alt = _altair()
+    return alt.Chart(alt.NamedData(_ROWS))
 
 
-def _values(rows: Sequence[Mapping[str, Any]]) -> Any:
-    return _altair().Data(values=[dict(row) for row in rows])
+def _with(rows: Sequence[Mapping[str, Any]], chart: Any) -> Spec:
+    """The specification of a chart with its rows.
+
+    Altair would check and copy every one of the rows, which takes a hundred times as long as all the rest.
+    """
+    spec: Spec = chart.to_dict(validate=False)
+    for part in (spec, *spec.get("layer", ())):
+        if part.get("data") == {"name": _ROWS}:
+            part["data"] = {"values": list(rows)}
+    return {key: value for key, value in spec.items() if key not in ("config", "$schema")}
 
 
 def _series(field: str, names: Sequence[str], second: str, orient: str = "top") -> dict[str, Any]:
@@ -369,11 +388,11 @@ def _log_axis() -> Any:
     return _altair().Axis(format="~g", tickCount=6, labelOverlap=True)
 
 
-def _rule_at(rank: int) -> Any:
+def _rule_at(rank: int) -> tuple[Any, Any]:
     alt = _altair()
-    base = _chart([{"index": rank, "label": f"rank {rank}"}]).encode(x="index:Q")
+    base = alt.Chart(alt.InlineData([{"index": rank, "label": f"rank {rank}"}])).encode(x="index:Q")
     words = base.mark_text(align="left", dx=4, dy=-2, baseline="bottom").encode(text="label:N", y=alt.value(_HEIGHT))
-    return alt.layer(base.mark_rule(strokeDash=[3, 3]), words)
+    return base.mark_rule(strokeDash=[3, 3]), words
 
 
 def _renumbered(svg: str) -> str:

@@ -6,7 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
-from mendlm.cli import bench, compress, evaluate, export, generate, import_gguf, inspect, plan, recipes, sweep, verify
+from mendlm.cli import (
+    bench,
+    compress,
+    evaluate,
+    export,
+    generate,
+    import_gguf,
+    inspect,
+    plan,
+    recipes,
+    report,
+    sweep,
+    verify,
+)
 from mendlm.cli._options import TracebackOption
 
 _EXAMPLES = """[bold]Examples[/bold]
@@ -60,6 +73,7 @@ def build_command() -> Any:
     app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
     app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
     app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
+    app.command("report", epilog=report.EXAMPLES)(report.report)
     app.command("export", epilog=export.EXAMPLES)(export.export)
     app.command("import", epilog=import_gguf.EXAMPLES)(import_gguf.import_gguf)
     app.command("recipes", epilog=recipes.EXAMPLES)(recipes.recipes)

@@ -1,0 +1,201 @@
+"""What the folders of finished runs say about themselves, and perplexities that belong to them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mendlm.budgets import stored_frac
+from mendlm.errors import CheckpointError, UsageError
+from mendlm.families import split_block, split_expert
+from mendlm.report.records import RUN_FILE, Manifest, TensorRecord, read_manifest
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A perplexity, and what says which one it is."""
+
+    model: str
+    text: str
+    n_windows: int
+    seqlen: int
+    dtype: str
+    ppl: float | None
+
+    @property
+    def what(self) -> str:
+        """The text and how much of it, in words."""
+        return f"{self.text}, {self.n_windows} × {self.seqlen} tokens, {self.dtype}"
+
+    @property
+    def protocol(self) -> tuple[str, int, int, str]:
+        """Perplexities compare where this is the same."""
+        return (self.text, self.n_windows, self.seqlen, self.dtype)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One compressed folder.
+
+    Attributes
+    ----------
+    label : its name, with as much of the path before it as sets it apart from the others.
+    folder : where it is.
+    manifest : `mendlm.json`.
+    facts : `mendlm.run.json`: what differs from run to run; empty without that file.
+    evaluations : perplexities of this model.
+    """
+
+    label: str
+    folder: Path
+    manifest: Manifest
+    facts: Mapping[str, Any]
+    evaluations: tuple[Evaluation, ...] = ()
+
+    @cached_property
+    def rel_error(self) -> float:
+        """Root mean square of the relative errors of the compressed tensors."""
+        squares = [record.rel_error**2 for record in self.manifest.records]
+        return math.sqrt(math.fsum(squares) / max(len(squares), 1))
+
+    @cached_property
+    def worst(self) -> TensorRecord | None:
+        """The record with the largest relative error."""
+        return max(self.manifest.records, key=lambda record: record.rel_error, default=None)
+
+    @cached_property
+    def sparsity(self) -> float:
+        """Share of zeros in S, over all compressed tensors."""
+        entries = sum(record.shape[0] * record.shape[1] for record in self.manifest.records)
+        return 1 - stored_frac(sum(record.n_kept for record in self.manifest.records), entries)
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """The smallest and the largest rank."""
+        ranks = [record.rank for record in self.manifest.records] or [0]
+        return min(ranks), max(ranks)
+
+    def number(self, name: str) -> float | None:
+        """A figure of `facts`; None if it is not known."""
+        value = self.facts.get(name)
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[Run, ...]:
+    """The runs in `folders`, each under a label of its own.
+
+    Raises
+    ------
+    UsageError : a folder was not written by mendlm compress, or is given twice.
+    CheckpointError : its `mendlm.json` or `mendlm.run.json` is damaged.
+    """
+    paths = [folder.absolute() for folder in folders]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise UsageError(f"{str(folders[i])!r} is given twice. Name every folder once.")
+    labels = _labels(paths)
+    return tuple(
+        Run(label, folder, read_manifest(folder), _run_facts(folder))
+        for label, folder in zip(labels, folders, strict=True)
+    )
+
+
+def read_evaluations(files: Iterable[Path]) -> tuple[Evaluation, ...]:
+    """The perplexities in files that ``mendlm eval --json`` printed; one of several models or texts has several.
+
+    Raises
+    ------
+    UsageError : a file is missing or something else.
+    """
+    found: list[Evaluation] = []
+    for file in files:
+        try:
+            parsed = json.loads(file.read_text(encoding="utf-8"))
+            rows = [evaluation_of(row) for row in _results(parsed)]
+        except OSError as err:
+            raise UsageError(f"cannot read {str(file)!r}: {err.strerror or err}.") from err
+        except (ValueError, KeyError, TypeError, RecursionError) as err:
+            raise UsageError(f"{str(file)!r} is not what 'mendlm eval --json' prints ({err!r}).") from err
+        if not rows:
+            raise UsageError(
+                f"{str(file)!r} holds no perplexity. Give what 'mendlm eval MODEL --text FILE --json' prints."
+            )
+        found += rows
+    return tuple(found)
+
+
+def evaluation_of(row: Mapping[str, Any]) -> Evaluation:
+    """The evaluation in one result of ``mendlm eval --json``; KeyError, TypeError or ValueError if it is none."""
+    protocol = row["protocol"]
+    return Evaluation(
+        model=str(protocol["model"]),
+        text=Path(protocol["text"]).name,
+        n_windows=int(row["n_windows"]),
+        seqlen=int(row["seqlen"]),
+        dtype=str(protocol["dtype"]),
+        ppl=None if row["ppl"] is None else float(row["ppl"]),
+    )
+
+
+def same_model(evaluation: Evaluation, folder: Path) -> bool:
+    """Whether an evaluation is of the model in `folder`: by its path, or by its name if that path is not here."""
+    path = Path(evaluation.model)
+    if path.exists():
+        return path.resolve() == folder.resolve()
+    return path.name == folder.absolute().name
+
+
+def place_of(name: str) -> tuple[int | None, str]:
+    """(layer, projection) of a weight, experts together: "mlp.experts.down_proj"; layer None outside of the blocks."""
+    split = split_block(name)
+    if split is None:
+        return None, name
+    path = split[2].removesuffix(".weight")
+    expert = split_expert(path)
+    return split[1], path if expert is None else f"{expert[0]}.{expert[2]}"
+
+
+def short_names(projections: Iterable[str]) -> dict[str, str]:
+    """Projection -> its last word, as far as that is one projection's alone."""
+    unique = list(dict.fromkeys(projections))
+    last = [name.rpartition(".")[2] for name in unique]
+    return {name: word if last.count(word) == 1 else name for name, word in zip(unique, last, strict=True)}
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as few as set them apart."""
+    depth = 1
+    while True:
+        labels = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(labels)) == len(labels) or depth > max(len(path.parts) for path in paths):
+            return labels
+        depth += 1
+
+
+def _run_facts(folder: Path) -> Mapping[str, Any]:
+    path = folder / RUN_FILE
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as err:
+        raise CheckpointError(f"cannot read {str(path)!r}: {err.strerror or err}.") from err
+    except (ValueError, RecursionError) as err:
+        raise CheckpointError(f"{str(path)!r} is not valid JSON: {err}. Delete it: it holds times alone.") from err
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _results(parsed: Any) -> list[Mapping[str, Any]]:
+    """The objects with a perplexity in a document, whatever lists they are in."""
+    if isinstance(parsed, list):
+        return [row for part in parsed for row in _results(part)]
+    if not isinstance(parsed, dict):
+        return []
+    if "ppl" in parsed and "protocol" in parsed:
+        return [parsed]
+    return [row for part in parsed.values() if isinstance(part, list | dict) for row in _results(part)]
