@@ -1,24 +1,29 @@
-"""Cells of the quality tables: `mendlm compress` and `mendlm eval` as a user could type them, done once and kept."""
+"""Cells of the quality tables: points of a sweep, said as flags of `mendlm compress`, done once and kept."""
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from _common import ROOT, environment, smollm2, wikitext
+from mendlm.budgets import stored_frac
+from mendlm.cli._app import build_command
+from mendlm.cli._errors import Session
+from mendlm.cli.compress import recipe_of
+from mendlm.config import Recipe
+from mendlm.sweeping.runner import Evaluation, Job, remove_work, run_jobs
 
 Key = tuple[str, ...]
-EVALUATION = ["--n-windows", "8"]  # of 2048 tokens
+N_WINDOWS = 8  # of 2048 tokens
 
 
 def calibration_text() -> Path:
@@ -38,29 +43,19 @@ def shown(flags: list[str]) -> list[str]:
     return [flag.rpartition("/")[2] for flag in flags]
 
 
-def run(*arguments: str, n_threads: int | None = None) -> tuple[dict[str, Any], float]:
+def recipe(flags: list[str]) -> Recipe:
+    """The recipe that `mendlm compress` would follow with these flags."""
+    compress = build_command().commands["compress"]
+    return recipe_of(compress.make_context("compress", ["MODEL", "OUT", *flags], obj=Session()).params)
+
+
+def run(*arguments: str) -> tuple[dict[str, Any], float]:
     """JSON output and wall seconds of one `mendlm` process."""
-    environment = os.environ if n_threads is None else os.environ | {"OMP_NUM_THREADS": str(n_threads)}
     start = time.perf_counter()
-    process = subprocess.run(
-        [sys.executable, "-m", "mendlm", *arguments, "--json"], capture_output=True, text=True, env=dict(environment)
-    )
+    process = subprocess.run([sys.executable, "-m", "mendlm", *arguments, "--json"], capture_output=True, text=True)
     if process.returncode:
         raise RuntimeError(f"mendlm {' '.join(arguments)} failed: {process.stderr[-2000:]}")
     return json.loads(process.stdout), time.perf_counter() - start
-
-
-def measure(name: str, flags: list[str] | None, n_threads: int | None = None) -> dict[str, Any]:
-    """Figures of one cell; the dense model for flags None. `name` is the folder it may use meanwhile."""
-    model, evaluation = smollm2(), ["--text", str(wikitext()), *EVALUATION]
-    if flags is None:
-        return {"flags": [], "ppl": run("eval", str(model), *evaluation, n_threads=n_threads)[0]["ppl"]}
-    out = ROOT / "work" / name
-    result, seconds = run("compress", str(model), str(out), *flags, "--overwrite", n_threads=n_threads)
-    peak = json.loads((out / "mendlm.run.json").read_text())["peak_memory_bytes"]
-    ppl = run("eval", str(out), *evaluation, n_threads=n_threads)[0]["ppl"]
-    facts = {"seconds": round(seconds, 1), "peak_mb": round(peak / 1e6), "ratio": result["totals"]["ratio"]}
-    return {"flags": shown(flags), "ppl": ppl} | facts
 
 
 class Cells:
@@ -77,7 +72,6 @@ class Cells:
         self._name, self._fields, self._flags_of = name, fields, flags_of
         self.results = ROOT / "benchmarks" / "results" / f"{name}-cpu.json"
         self._journal = ROOT / "work" / f"{name}.jsonl"
-        self._lock = threading.Lock()
         self.done: dict[Key, dict[str, Any]] = {}
         rows = json.loads(self.results.read_text())["rows"] if self.results.exists() else []
         rows += [json.loads(line) for line in self._journal.read_text().splitlines()] if self._journal.exists() else []
@@ -89,42 +83,56 @@ class Cells:
     def go_on(self, wanted: list[Key], minutes: float, n_jobs: int = 1) -> None:
         """Measure what is missing, in this order; start no new cell after `minutes`.
 
-        `n_jobs` cells run at a time, each on one thread if there is more than one.
+        `n_jobs` cells run at a time, each on one thread if there is more than one. A cell that is stopped goes on from
+        its tensors done so far.
         """
-        missing = [key for key in wanted if key not in self.done]
-        self._journal.parent.mkdir(exist_ok=True)
-        smollm2()
-        end = time.monotonic() + 60 * minutes
-        n_threads = 1 if n_jobs > 1 else None
-        idle = [f"{self._name}-cell-{i}" for i in range(n_jobs)]
-
-        def work(key: Key) -> None:
-            if time.monotonic() > end:
-                return
-            with self._lock:
-                folder = idle.pop()
-            try:
-                figures = measure(folder, self._flags_of(key), n_threads)
-            except RuntimeError as err:
-                print(key, err, flush=True)
-                return
-            finally:
-                with self._lock:
-                    idle.append(folder)
-            self._keep(key, figures)
-
-        with ThreadPoolExecutor(n_jobs) as pool:
-            list(pool.map(work, missing))
+        missing = [key for key in wanted if key not in self.done] if minutes > 0 else []
+        if missing:
+            self._journal.parent.mkdir(exist_ok=True)
+            smollm2()
+            if n_jobs > 1:
+                os.environ.setdefault("OMP_NUM_THREADS", "1")
+            run_jobs(map(self._job, missing), self, workers=n_jobs, minutes=minutes)
         if left := sum(key not in self.done for key in wanted):
             print(f"{left} cells are left; run again to go on")
 
-    def _keep(self, key: Key, figures: dict[str, Any]) -> None:
-        row = dict(zip(self._fields, key, strict=True)) | figures
-        with self._lock:
-            with self._journal.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            self.done[key] = row
-            print(*key, {k: v for k, v in figures.items() if k != "flags"}, flush=True)
+    def _job(self, key: Key) -> Job:
+        """What has to be run for a cell; the dense model for flags None."""
+        name, flags = json.dumps(key), self._flags_of(key)
+        evaluation = Evaluation(text=str(wikitext()), n_windows=N_WINDOWS)
+        if flags is None:
+            return Job(name, str(smollm2()), evaluation)
+        # By name and flags: a cell whose flags have changed does not go on with the work of the old ones.
+        digest = hashlib.sha256(json.dumps([key, flags]).encode()).hexdigest()[:12]
+        out = ROOT / "work" / f"{self._name}-{digest}"
+        return Job(name, str(smollm2()), evaluation, recipe(flags).to_dict(), str(out))
+
+    def started(self, job: Job) -> None:
+        """Nothing: a cell that is done says so."""
+
+    def noted(self, job: Job, what: str) -> None:
+        """Nothing."""
+
+    def failed(self, job: Job, error: str) -> None:
+        """Say so; the cell is tried again by the next run."""
+        print(tuple(json.loads(job.name)), error, flush=True)
+
+    def measured(self, job: Job, figures: dict[str, Any]) -> None:
+        """Keep the figures of a cell."""
+        key = tuple(json.loads(job.name))
+        row: dict[str, Any] = {"flags": shown(self._flags_of(key) or []), "ppl": figures["ppl"]}
+        if job.out is not None:
+            row |= {
+                "seconds": round(figures["seconds"], 1),
+                "peak_mb": round(figures["peak_memory_bytes"] / 1e6),
+                "ratio": stored_frac(figures["stored_bytes"], figures["dense_bytes"]),
+            }
+            remove_work(Path(job.out))
+        row = dict(zip(self._fields, key, strict=True)) | row
+        with self._journal.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.done[key] = row
+        print(*key, {k: v for k, v in row.items() if k not in ("flags", *self._fields)}, flush=True)
 
     def write(self, protocol: str) -> None:
         """The results file."""

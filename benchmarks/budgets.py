@@ -18,9 +18,9 @@ import json
 import time
 from typing import Any
 
+from _cells import calibration_text, run, shown
 from _common import ROOT, environment, smollm2, wikitext
-from quality import calibration_text, run, shown
-from quality import done as quality_cells
+from quality import cells_done
 
 DONE = ROOT / "work" / "budgets.jsonl"
 RESULTS = ROOT / "benchmarks" / "results" / "budgets-cpu.json"
@@ -74,7 +74,7 @@ def measure(setting: str, choice: str) -> dict[str, Any]:
     """One cell."""
     row: dict[str, Any] = {"setting": setting, "choice": choice, "flags": shown([*flags_of(setting), *CHOICES[choice]])}
     if choice == "uniform":
-        found = quality_cells().get(SETTINGS[setting][1])
+        found = cells_done().done.get(SETTINGS[setting][1])
         if found is not None:
             return row | {"ppl": found["ppl"], "ratio": found["ratio"], "from": "quality-cpu.json"}
     # Folders of its own for every cell: two of these scripts may run at a time.

@@ -2,15 +2,16 @@
 
     python benchmarks/frontier.py [--methods …] [--patterns …] [--ranks …] [--minutes 55] [--jobs 2] [--list]
 
-Resumable: a cell that is done is kept in work/frontier.jsonl and results/frontier-cpu.json; docs/quality.md and
-docs/images/frontier.svg are drawn from what there is. The most telling cells come first: rank 16 at 2:4 and 50 %.
+Resumable: a cell is a point of a sweep; one that is done is kept in work/frontier.jsonl and results/frontier-cpu.json;
+docs/quality.md and docs/images/frontier.svg are drawn from what there is. The most telling cells come first: rank 16 at
+2:4 and 50 %.
 
 Protocol: perplexity in float32 on the WikiText-2 raw test split joined with blank lines, its first 8 windows of 2048
 tokens, no BOS. Calibration of every method, ours too: the first 32 windows of 1024 tokens of the tokenised WikiText-2
 validation split, `<unk>` read as "the", run in bfloat16; "self": as many tokens that the model wrote itself; block by
 block on what the compressed blocks before give. All linear layers of the blocks, not the embedding. Storage float32.
 Under a sparsity weights compete as in the criterion's paper (Wanda and DSnoT by row, others in the tensor; OATS by
-row). Seconds are of `mendlm compress` on one thread of a busy machine.
+row). Seconds are of the compression on one thread of a busy machine.
 """
 
 from __future__ import annotations
@@ -147,31 +148,39 @@ def excess(store: Cells) -> str:
 
 def draw(store: Cells) -> None:
     """Perplexity against bytes, a line for each method."""
-    import matplotlib as mpl
-    import matplotlib.pyplot as plt
+    import altair as alt
 
-    mpl.rcParams.update({"font.size": 9, "svg.hashsalt": "mendlm", "axes.spines.top": False})
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
-    panels = [("2:4", ("2:4",)), ("unstructured", ("50 %", "60 %", "70 %"))]
-    colours = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
-    for axis, (title, chosen) in zip(axes, panels, strict=True):
-        for index, method in enumerate(m for m in METHODS if m not in NO_DATA):
-            points = sorted(
-                (row["ratio"], row["ppl"]) for (m, p, _), row in store.done.items() if m == method and p in chosen
-            )
-            if points:
-                ours = method in OURS
-                style = {"color": colours[index], "linewidth": 2.2 if ours else 1.0, "linestyle": "-" if ours else "--"}
-                axis.plot(*zip(*points, strict=True), marker="o" if ours else "x", label=method, **style)
-        axis.set_yscale("log")
-        axis.set_xlabel("stored bytes / dense bytes")
-        axis.set_title(title)
-        axis.axhline(store.done[("dense", "", "")]["ppl"], color="#6f6f6f", linewidth=0.8)
-    axes[0].set_ylabel("perplexity")
-    known = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    axes[1].legend(known.values(), known.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.tight_layout()
-    figure.savefig(PICTURE, metadata={"Date": None})
+    from mendlm.plotting import save
+
+    methods = [m for m in METHODS if m not in NO_DATA and any(key[0] == m for key in store.done)]
+    points = [
+        {
+            "method": method,
+            "kind": "ours" if method in OURS else "published",
+            "panel": "unstructured" if pattern.endswith("%") else "n:m",
+            "ratio": round(row["ratio"], 5),
+            "ppl": round(row["ppl"], 4),
+        }
+        for (method, pattern, _), row in store.done.items()
+        if method in methods and pattern in ("2:4", "50 %", "60 %", "70 %")
+    ]
+    dense = alt.Chart().transform_calculate(dense=str(store.done[("dense", "", "")]["ppl"]))
+    lines = alt.Chart().encode(
+        x=alt.X(
+            "ratio:Q", title="stored bytes / dense bytes", scale=alt.Scale(zero=False), axis=alt.Axis(format=".2f")
+        ),
+        y=alt.Y("ppl:Q", title="perplexity", scale=alt.Scale(type="log", nice=False)),
+        color=alt.Color("method:N", sort=methods, scale=alt.Scale(domain=methods, scheme="tableau20"), title=None),
+    )
+    dashes = alt.Scale(domain=["ours", "published"], range=[[1, 0], [4, 3]])
+    shapes = alt.Scale(domain=["ours", "published"], range=["circle", "cross"])
+    layers = alt.layer(
+        dense.mark_rule(color="#57606a").encode(y="dense:Q"),
+        lines.mark_line(strokeWidth=1.4).encode(strokeDash=alt.StrokeDash("kind:N", scale=dashes, title=None)),
+        lines.mark_point(filled=True, size=36).encode(shape=alt.Shape("kind:N", scale=shapes, title=None)),
+        data=alt.Data(values=points),
+    ).properties(width=360, height=320)
+    save(layers.facet(column=alt.Column("panel:N", title=None)), PICTURE)
 
 
 def main() -> None:

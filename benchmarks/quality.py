@@ -2,9 +2,10 @@
 
     python benchmarks/quality.py [--masks …] [--columns …] [--minutes 55] [--list]
 
-Every cell is two processes that a user could type, `mendlm compress` and `mendlm eval`; its result goes to
-work/quality.jsonl at once; results/quality-cpu.json, which a fresh clone goes on from, and docs/quality.md are written
-from it at the end. benchmarks/frontier.py measures the best settings against bytes.
+Every cell is a point of a sweep, a process of its own that does what `mendlm compress` with the cell's flags and
+`mendlm eval` do; its result goes to work/quality.jsonl at once; results/quality-cpu.json, which a fresh clone goes on
+from, and docs/quality.md are written from it at the end. benchmarks/frontier.py measures the best settings against
+bytes.
 
 Protocol: float32; WikiText-2 raw test split joined with blank lines, its first 8 windows of 2048 tokens, no BOS.
 Calibration: the first 16 windows of 1024 tokens of the tokenised WikiText-2 validation split, `<unk>` read as "the";
@@ -117,8 +118,13 @@ def markdown(results: dict[Key, dict[str, Any]]) -> str:
     return table(lines)
 
 
+def cells_done() -> Cells:
+    """The cells measured so far."""
+    return Cells("quality", ("mask", "sparsity", "column"), flags_of)
+
+
 def main() -> None:
-    store = Cells("quality", ("mask", "sparsity", "column"), flags_of)
+    store = cells_done()
     if not store.from_command_line(__doc__ or "", cells(), [list(MASKS), list(SPARSITIES), list(COLUMNS)], n_jobs=1):
         return
     rest = {key: row for key, row in store.done.items() if key[0] != "dense"}
