@@ -151,6 +151,7 @@ class _Expansion:
 
     def grid(self, check: Check) -> Grid:
         """All points, validated."""
+        self._check_exclusions()
         axes = [self._axis(name, values) for name, values in self._settings.axes.items()]
         combinations = [c for c in itertools.product(*axes) if not self._excluded(c)] if axes else []
         explicit = [(self._explicit(i, fields),) for i, fields in enumerate(self._settings.points)]
@@ -207,21 +208,21 @@ class _Expansion:
                     (*place, name),
                 )
 
+    def _check_exclusions(self) -> None:
+        for i, entry in enumerate(self._settings.exclude):
+            for axis, value in entry.items():
+                place: FieldPath = (SECTION, "exclude", i, axis)
+                if axis not in self._settings.axes:
+                    sentence = f"{axis!r} is no axis of the sweep. Axes: {', '.join(self._settings.axes)}."
+                    raise self._error(sentence, place)
+                if strange := [one for one in _listed(value) if one not in self._settings.axes[axis]]:
+                    raise self._error(f"axis {axis!r} has no value {_label(strange[0])}.", place)
+
     def _excluded(self, combination: _Combination) -> bool:
         values = _values(combination)
-        for i, entry in enumerate(self._settings.exclude):
-            if unknown := [axis for axis in entry if axis not in values]:
-                sentence = f"{unknown[0]!r} is no axis of the sweep. Axes: {', '.join(values)}."
-                raise self._error(sentence, (SECTION, "exclude", i, unknown[0]))
-            for axis, value in entry.items():
-                known = [choice for choice in self._settings.axes[axis]]
-                strange = [one for one in (value if isinstance(value, list) else [value]) if one not in known]
-                if strange:
-                    sentence = f"axis {axis!r} has no value {_label(strange[0])}."
-                    raise self._error(sentence, (SECTION, "exclude", i, axis))
-            if all(values[axis] in (value if isinstance(value, list) else [value]) for axis, value in entry.items()):
-                return True
-        return False
+        return any(
+            all(values[axis] in _listed(value) for axis, value in entry.items()) for entry in self._settings.exclude
+        )
 
     def _point(self, combination: _Combination) -> Point:
         """The point of a combination.
@@ -272,6 +273,10 @@ class _Expansion:
             errors = [failed.get(_places(c)) for c in all_of_them if choice.place in _places(c)]
             if errors[0] is not None and None not in errors:
                 raise self._error(f"{errors[0]} It is so in every combination with this value.", choice.place)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _places(combination: _Combination) -> tuple[FieldPath, ...]:
