@@ -68,7 +68,7 @@ def theme(colours: Mapping[str, str] = LIGHT) -> dict[str, Any]:
         "axis": text
         | {"titleFontWeight": 500, "gridColor": colours["grid"], "domainColor": colours["quiet"]}
         | {"tickColor": colours["grid"], "labelLimit": 220},
-        "legend": text | {"titleFontWeight": 500, "symbolStrokeWidth": 2, "labelLimit": 260},
+        "legend": text | {"titleFontWeight": 500, "symbolStrokeWidth": 2, "labelLimit": 180},
         "title": {"color": colours["ink"], "fontSize": 13, "fontWeight": 600, "anchor": "start", "offset": 10},
         "header": {"labelColor": colours["ink"], "titleColor": colours["ink"]},
         "line": {"strokeWidth": 2},
@@ -126,7 +126,7 @@ def by_layer(cells: Sequence[Mapping[str, Any]], title: str) -> Spec:
         .encode(
             x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d", grid=False)),
             y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=True), axis=alt.Axis(format="~g")),
-            **_series("projection", columns, "shape", orient="right"),
+            **_series("projection", columns, "shape", orient="bottom"),
             tooltip=["projection:N", "layer:Q", alt.Tooltip("value:Q", title=title, format=".4~g")],
         )
         .properties(width=_WIDTH, height=_HEIGHT),
@@ -378,7 +378,7 @@ def _with(rows: Sequence[Mapping[str, Any]], chart: Any) -> Spec:
 def _series(field: str, names: Sequence[str], second: str, orient: str = "top") -> dict[str, Any]:
     """A colour, and a shape or a dash, for each of `names`, with one legend: both scales have the same domain."""
     alt = _altair()
-    legend = alt.Legend(orient=orient, columns=4 if orient == "top" else 1)
+    legend = alt.Legend(orient=orient, columns=4)
     options = {"title": None, "scale": alt.Scale(domain=list(names)), "legend": legend}
     kinds = {"shape": alt.Shape, "strokeDash": alt.StrokeDash}
     return {"color": alt.Color(f"{field}:N", **options), second: kinds[second](f"{field}:N", **options)}

@@ -37,7 +37,7 @@ def report(
     outs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="OUT [OUT2 …]",
+            metavar="OUT",
             help="Folders that compress wrote; also the folder or sweep.jsonl of a sweep.",
             show_default=False,
         ),

@@ -14,6 +14,7 @@ from mendlm.report._runs import Run, place_of, short_names
 from mendlm.report._tensors import TensorDetail
 from mendlm.report.records import TensorRecord
 from mendlm.sweeping import SweepRecord
+from mendlm.sweeping.records import DENSE
 
 MAX_ITERATIONS = 200  # of a trace that are drawn
 
@@ -126,16 +127,17 @@ def points_of(runs: Sequence[Run], sweeps: Iterable[SweepRecord], dense: Sequenc
     ]
     for record in sweeps:
         if record.status == "done" and record.stored_bytes is not None:
-            group = "dense" if record.recipe is None else str(record.recipe["refiner"])
+            group = DENSE if record.recipe is None else str(record.recipe["refiner"])
             ppl = record.ppl if record.ppl is not None and math.isfinite(record.ppl) else None
             points.append(Point(record.name, group, record.stored_bytes, ppl, record.mean_rel_error))
     return [*points, *dense]
 
 
 def pareto(points: Sequence[Point]) -> Figure | None:
-    """Perplexity against stored bytes, or the relative error where not every run has one; None for a single point."""
+    """Perplexity against stored bytes, or the relative error where most have none; None for a single point."""
     by_ppl = [point for point in points if point.ppl is not None]
-    if len(by_ppl) >= 2 and len(by_ppl) >= len([p for p in points if p.group != "dense"]):
+    compressed = [point for point in points if point.group != DENSE]
+    if 2 * sum(point.ppl is not None for point in compressed) > len(compressed):
         title, shown = "perplexity", [(point, float(point.ppl or 0.0)) for point in by_ppl]
     else:
         title = "relative error"

@@ -167,7 +167,11 @@ def _cards(run: Run, others: Sequence[Evaluation]) -> list[dict[str, Any]]:
         _card(
             *("Relative error", "rel_error", run.rel_error, format_float(run.rel_error, 3)),
             "root mean square of all weights"
-            + (f"; worst {format_float(worst.rel_error, 3)}, {safe(worst.name)}" if worst else ""),
+            + (
+                f"; worst {format_float(worst.rel_error, 3)}, {safe(worst.name.removesuffix('.weight'))}"
+                if worst
+                else ""
+            ),
         ),
         _card(
             *("Sparsity and rank", "sparsity", run.sparsity, format_percent(run.sparsity)),
@@ -326,6 +330,8 @@ def _compared(content: Content, pareto: Figure | None) -> dict[str, Any] | None:
     rows += [_sweep_row(record) for record in content.sweeps]
     dense = {point.label: point.stored_bytes for point in content.dense}
     rows += [_other_row(evaluation, dense.get(Path(evaluation.model).name)) for evaluation in content.others]
+    told = [i for i in range(len(columns)) if any(row[i].text not in ("", "–") for row in rows)]
+    columns, rows = [columns[i] for i in told], [[row[i] for i in told] for row in rows]
     caption = "Models side by side; relative errors are root mean squares (of sweeps: means) over the weights."
     return {"columns": columns, "rows": rows, "caption": caption, "pareto": pareto}
 

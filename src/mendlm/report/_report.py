@@ -17,7 +17,7 @@ from mendlm.report._page import Content, render
 from mendlm.report._runs import Evaluation, Run, evaluation_of, read_evaluations, read_runs, same_model
 from mendlm.report._tensors import Details, Original, TensorDetail, choose
 from mendlm.sweeping import SweepRecord, read_sweep
-from mendlm.sweeping.records import SWEEP_FILE
+from mendlm.sweeping.records import DENSE, SWEEP_FILE
 
 DEFAULT_FILE = "report.html"
 Progress = Callable[[int, int, str], None]
@@ -203,7 +203,7 @@ def _content(
         found = next((e for e in others if same_model(e, original.folder)), None)
         if found is not None:
             n_bytes = runs[0].manifest.totals.dense_bytes
-            dense.append(Point(original.folder.absolute().name, "dense", n_bytes, found.ppl, None))
+            dense.append(Point(original.folder.absolute().name, DENSE, n_bytes, found.ppl, None))
     return Content(
         tuple(replace(run, evaluations=mine[run.label]) for run in runs), details, sweeps, others, tuple(dense)
     )
