@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mendlm.cli import _eval_tasks as of_tasks
 from mendlm.cli._console import format_seconds, json_only, print_facts, print_json
 from mendlm.cli._options import ComputeDtypeOption, DeviceOption, JsonOption, RuntimeOption, TracebackOption
 from mendlm.cli._progress import progress_view
@@ -15,7 +16,7 @@ from mendlm.errors import UsageError
 if TYPE_CHECKING:
     from mendlm.evaluation.perplexity import PerplexityResult
 
-EXAMPLES = """[bold]Examples[/bold]
+EXAMPLES = f"""[bold]Examples[/bold]
 
 [dim]A compressed folder on a local file, the first 8 windows:[/dim]
 
@@ -25,13 +26,21 @@ EXAMPLES = """[bold]Examples[/bold]
 
 [green]mendlm eval SmolLM2-135M --dataset wikitext2[/green]
 
+{of_tasks.EXAMPLES}
+
 [dim]For a script:[/dim]
 
 [green]mendlm eval out --text test.parquet --json | jq .ppl[/green]"""
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, dense or compressed.", show_default=False)],
+    ctx: typer.Context,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...", help="A folder, dense or compressed; several with --tasks.", show_default=False
+        ),
+    ],
     text: Annotated[
         Path | None,
         typer.Option("--text", metavar="FILE", help="Text: .txt, .jsonl or .parquet.", show_default=False),
@@ -49,16 +58,33 @@ def evaluate(
     n_windows: Annotated[
         int | None, typer.Option("--n-windows", min=1, metavar="N", help="Only the first N windows. Default: all.")
     ] = None,
+    tasks: of_tasks.TasksOption = None,
+    task_path: of_tasks.TaskPathOption = None,
+    limit: of_tasks.LimitOption = None,
+    num_fewshot: of_tasks.NumFewshotOption = None,
+    batch_size: of_tasks.BatchSizeOption = None,
+    cache: of_tasks.CacheOption = None,
     device: DeviceOption = None,
     dtype: ComputeDtypeOption = None,
     runtime: RuntimeOption = None,
     as_json: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Measure perplexity: non-overlapping windows of the text, mean negative log-likelihood per predicted token."""
+    """Measure perplexity: non-overlapping windows of the text, mean negative log-likelihood per predicted token.
+
+    With --tasks: scores on benchmark tasks instead, by the lm-evaluation-harness.
+    """
+    for_text = {"--text": text, "--dataset": dataset, "--seqlen": seqlen, "--n-windows": n_windows}
+    if of_tasks.wanted(ctx, for_text):
+        of_tasks.run_tasks(ctx, models, as_json=as_json)
+        return
+    if len(models) != 1:
+        raise UsageError(f"a text is measured on one model at a time, got {len(models)}. Only --tasks takes several.")
     if (text is None) == (dataset is None):
         given = "both were given" if text is not None else "neither was given"
-        raise UsageError(f"eval needs either --text FILE or --dataset NAME, {given}. Try --dataset wikitext2.")
+        raise UsageError(
+            f"eval needs either --text FILE or --dataset NAME, {given}. Try --dataset wikitext2, or --tasks."
+        )
     with json_only(as_json) as stream:
         from mendlm.devices import resolve_device
         from mendlm.evaluation.perplexity import evaluate as run_evaluate
@@ -70,7 +96,7 @@ def evaluate(
                 view.advanced(done, total, f"[{done:>{len(str(total))}}/{total}] ppl so far {ppl:.4f}")
 
             result = run_evaluate(
-                model,
+                models[0],
                 text=text,
                 dataset=dataset,
                 seqlen=seqlen,
