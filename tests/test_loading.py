@@ -305,6 +305,36 @@ def test_device_map_auto_works(packed: Path, runtime: str) -> None:
     torch.testing.assert_close(logits(model), logits(mendlm.load(packed, runtime=runtime)))
 
 
+@pytest.mark.parametrize("device_map", [None, "cpu", "auto"], ids=str)
+def test_what_transformers_says_of_the_keys(copy: Path, device_map: str | None) -> None:
+    """Whoever fills the layers: no packed tensor is unexpected or missing, a stray or lost one is."""
+    from transformers import AutoModelForCausalLM
+
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.0.mlp.stray_proj.lora_A"] = torch.ones(2, 3)
+    del tensors["model.norm.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    options = {"config": config_for(copy, "packed"), "device_map": device_map}
+    model, info = AutoModelForCausalLM.from_pretrained(copy, output_loading_info=True, **options)
+    assert set(info["unexpected_keys"]) == {"model.layers.0.mlp.stray_proj.lora_A"}
+    assert set(info["missing_keys"]) == {"model.norm.weight"}
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    for part in ("weight_values", "weight_bitmask", "lora_A", "lora_B"):
+        assert torch.equal(getattr(layer, part), tensors[f"model.layers.0.mlp.up_proj.{part}"])
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+
+
+def test_modules_kept_in_float32_stay_so(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers loads such layers itself, as it alone knows which dtype each tensor of them gets."""
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["down_proj"])
+    model = mendlm.load(packed, runtime="packed", dtype=torch.bfloat16)
+    block = model.model.layers[1].mlp
+    assert (block.down_proj.lora_A.dtype, block.up_proj.lora_A.dtype) == (torch.float32, torch.bfloat16)
+    assert not block.down_proj.weight_values.requires_grad
+
+
 def test_a_state_dict_is_refused(packed: Path) -> None:
     from transformers import LlamaForCausalLM
 

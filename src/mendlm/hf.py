@@ -21,12 +21,13 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from mendlm._filling import Awaited, PackedFiles, any_index, may_match, the_one_device
 from mendlm.checkpoints.header import TensorInfo, read_header
 from mendlm.checkpoints.plan import BITMASK, LAYOUT, METHOD, PARTS, VALUES, VERSION
 from mendlm.errors import CheckpointError, MendError, UsageError, located
 from mendlm.experts import SparseLowRankExperts, expert_layout, is_fused_experts
 from mendlm.families import STACKED_LAYOUT, is_transposed, split_expert
-from mendlm.runtime import SparseLowRankLinear, resolve_runtime
+from mendlm.runtime import SparseLowRankLinear, packed_shapes, resolve_runtime
 
 logger = logging.getLogger(__name__)
 
@@ -119,11 +120,9 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
         places = {path: names.in_model(path) for path in config.modules}
         self.experts = _take_experts_apart(model, places, stored)
         self._inside = frozenset(change(place) for place in self.experts for change in names.prefix_changes())
-        for path, facts in config.modules.items():
-            layer = _packed_layer(model, path, places[path], *_facts(path, facts))
-            _check_stored(path, layer, stored)
-            object.__setattr__(layer, "weight", _initialized())
-            model.set_submodule(places[path], layer)
+        self._files, self._device = tuple(files), the_one_device(kwargs.get("device_map"))
+        self._take_places(model, names, places, stored, filled_here=self._device is not None)
+        self._sources = {place: path for path, place in places.items()}
         # From here on in the names that save_pretrained will write for this model.
         config.modules = {names.when_saved(path, places[path]): facts for path, facts in config.modules.items()}
         self.paths = dict(zip(config.modules, places.values(), strict=True))
@@ -132,15 +131,47 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
             self._expect_guard(model, names, config.guard)
         return model
 
+    def _take_places(
+        self, model: Any, names: _Names, places: Mapping[str, str], stored: Mapping[str, TensorInfo], filled_here: bool
+    ) -> None:
+        """Put an unfilled layer in the place of every compressed one.
+
+        transformers fills those that it spreads over devices or disk, and those in a model's list of modules to keep in
+        float32; the others are an `Awaited`.
+        """
+        wide = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+        untold = set()
+        for path, facts in self.quantization_config.modules.items():
+            place = places[path]
+            dense, d_out, d_in = _dense_layer(model, path, place)
+            n_kept, rank = _facts(path, facts)
+            _check_stored(path, packed_shapes(d_out, d_in, n_kept, rank), stored)
+            layer: nn.Module
+            if filled_here and not any(may_match(pattern, f"{place}.{part}") for pattern in wide for part in PARTS):
+                layer = Awaited(d_in, dense.weight.dtype, dense.bias)
+                untold |= {any_index(name) for name in (path, names.renamed(path), place)}
+            else:
+                layer = SparseLowRankLinear(
+                    d_in,
+                    d_out,
+                    n_kept=n_kept,
+                    rank=rank,
+                    bias=dense.bias is not None,
+                    dtype=dense.weight.dtype,
+                    device="meta",
+                )
+            object.__setattr__(layer, "weight", _initialized())
+            model.set_submodule(place, layer.train(dense.training))
+        _pass_over(model, (f"{name}\\.({'|'.join(PARTS)})" for name in untold))
+
     def _expect_guard(self, model: Any, names: _Names, guard: str) -> None:
         """Let transformers pass over the guard without a word."""
         module, _, leaf = guard.rpartition(".")
         place = names.in_model(module)
         self.guard = f"{place}.{leaf}"
         self.quantization_config.guard = f"{names.when_saved(module, place)}.{leaf}"
-        known = model._keys_to_ignore_on_load_unexpected or ()
         seen = {guard, f"{names.renamed(module)}.{leaf}", self.guard}
-        model._keys_to_ignore_on_load_unexpected = {*known, *(f"^{re.escape(name)}$" for name in seen)}
+        _pass_over(model, (re.escape(name) for name in seen))
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Let transformers stack the experts of no module that was taken apart."""
@@ -153,9 +184,15 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
+        packed = PackedFiles(self._files, self._device)
         for path, place in self.paths.items():
             layer = model.get_submodule(place)
-            object.__delattr__(layer, "weight")
+            if isinstance(layer, Awaited):
+                layer = packed.layer(self._sources[place], layer)
+                model.set_submodule(place, layer)
+            else:
+                object.__delattr__(layer, "weight")
+                layer.weight_values.requires_grad_(False)
             if layer.weight_values.is_meta:
                 _check_offload(path, config.runtime)
                 continue
@@ -336,6 +373,12 @@ class _Elsewhere(WeightConverter):  # type: ignore[misc]
         super().rename_source_key(source_key)
 
 
+def _pass_over(model: Any, patterns: Iterable[str]) -> None:
+    """Let transformers be silent about tensors in the files that the model does not ask for."""
+    known = model._keys_to_ignore_on_load_unexpected or ()
+    model._keys_to_ignore_on_load_unexpected = {*known, *(f"^{pattern}$" for pattern in patterns)}
+
+
 def _take_experts_apart(model: Any, places: Mapping[str, str], stored: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     """Replace the fused experts that have a compressed projection; their paths in the model."""
     found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -383,8 +426,8 @@ def _check_offload(path: str, runtime: str) -> None:
         )
 
 
-def _packed_layer(model: Any, path: str, place: str, n_kept: int, rank: int) -> SparseLowRankLinear:
-    """An unfilled layer in place of the dense one."""
+def _dense_layer(model: Any, path: str, place: str) -> tuple[Any, int, int]:
+    """The layer that the model has where the checkpoint has a compressed one, and its d_out and d_in."""
     module = _submodule(model, place)
     # Asked of the table and of the model, as the shape of a square matrix does not tell which way round it is.
     transposed = is_transposed(model.config.model_type, f"{path}.weight")
@@ -399,10 +442,7 @@ def _packed_layer(model: Any, path: str, place: str, n_kept: int, rank: int) -> 
             f"{', turned from (d_in, d_out),' if transposed else ''} but {type(model).__name__} has {found}. "
             "config.json does not fit the model, or mendlm does not know how this family keeps its weights."
         )
-    with torch.device("meta"):
-        return SparseLowRankLinear(
-            d_in, d_out, n_kept=n_kept, rank=rank, bias=module.bias is not None, dtype=module.weight.dtype
-        )
+    return module, d_out, d_in
 
 
 def _initialized() -> Tensor:
@@ -443,11 +483,10 @@ def _stored_tensors(files: Iterable[str]) -> dict[str, TensorInfo]:
     return {info.name: info for file in files for info in read_header(Path(file)).tensors}
 
 
-def _check_stored(path: str, layer: SparseLowRankLinear, stored: dict[str, TensorInfo]) -> None:
+def _check_stored(path: str, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, TensorInfo]) -> None:
     """All four tensors of a layer must be there in the shapes that model and config ask for."""
-    for name in PARTS:
+    for name, shape in shapes.items():
         full = f"{path}.{name}"
-        shape = tuple(getattr(layer, name).shape)
         if full not in stored:
             raise CheckpointError(f"the checkpoint has no tensor {full!r}, which config.json promises.")
         if tuple(stored[full].shape) != shape:

@@ -11,6 +11,7 @@ At 50 % in bf16 this is 9/16 of the dense bytes. The bit order is that of ``nump
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,10 +61,17 @@ def scatter(values: Tensor, bitmask: Tensor, d_in: int) -> Tensor:
 
 def find_row_starts(bitmask: Tensor) -> Tensor:
     """Where each row begins in the values: (d_out + 1,) int64 on the bitmask's device; the last is n_kept."""
-    counts = _bits_of_bytes(bitmask.device).sum(dim=1, dtype=torch.uint8)
-    in_bytes = counts.index_select(0, bitmask.reshape(-1).int()).reshape(bitmask.shape)
-    in_rows = in_bytes.sum(dim=1, dtype=torch.int32).long()
+    in_rows = _population(bitmask).sum(dim=1, dtype=torch.int32).long()
     return torch.nn.functional.pad(in_rows.cumsum(0), (1, 0))
+
+
+def _population(bitmask: Tensor) -> Tensor:
+    """How many bits of each byte are set, uint8."""
+    # NumPy's (from 2.0) is four times faster than the look-up; torch.compile does not see through it.
+    if bitmask.device.type == "cpu" and hasattr(np, "bitwise_count") and not torch.compiler.is_compiling():
+        return torch.from_numpy(np.bitwise_count(bitmask.numpy()))
+    counts = _bits_of_bytes(bitmask.device).sum(dim=1, dtype=torch.uint8)
+    return counts.index_select(0, bitmask.reshape(-1).int()).reshape(bitmask.shape)
 
 
 def check_packed(values: Tensor, bitmask: Tensor, d_in: int) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from mendlm.checkpoints.plan import BITMASK, LORA_A, LORA_B, VALUES
 from mendlm.decomposition import merge
 from mendlm.errors import CheckpointError, UsageError
 from mendlm.kernels import packed as kernels
@@ -67,6 +68,11 @@ def runtime_on(name: str, layers: Iterable[tuple[str, Tensor, int]], dtype: torc
     return "semi-structured"
 
 
+def packed_shapes(d_out: int, d_in: int, n_kept: int, rank: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a packed layer, by their names in the checkpoint."""
+    return {VALUES: (n_kept,), BITMASK: (d_out, -(-d_in // 8)), LORA_A: (rank, d_in), LORA_B: (d_out, rank)}
+
+
 class SparseLowRankLinear(nn.Module):
     """``y = x (S + B A)ᵀ + bias``.
 
@@ -99,20 +105,30 @@ class SparseLowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        shapes = packed_shapes(out_features, in_features, n_kept, rank)
+        tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        tensors[BITMASK] = torch.empty(shapes[BITMASK], dtype=torch.uint8, device=device)
+        offset = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self._hold(tensors, in_features, offset)
+
+    @classmethod
+    def holding(cls, tensors: Mapping[str, Tensor], in_features: int, bias: nn.Parameter | None) -> Self:
+        """A layer in the packed runtime of given tensors (named as in the checkpoint), which are not copied."""
+        layer = cls.__new__(cls)
+        layer._hold(tensors, in_features, bias)
+        return layer
+
+    def _hold(self, tensors: Mapping[str, Tensor], in_features: int, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.n_kept, self.rank = in_features, out_features, n_kept, rank
+        self.in_features, self.out_features = in_features, tensors[LORA_B].shape[0]
+        self.n_kept, self.rank = tensors[VALUES].numel(), tensors[LORA_A].shape[0]
         self.runtime: str = "packed"
-
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(*shape, dtype=dtype, device=device)
-
-        bytes_a_row = -(-in_features // 8)
-        self.weight_values = nn.Parameter(empty(n_kept), requires_grad=False)
-        self.register_buffer("weight_bitmask", torch.empty(out_features, bytes_a_row, dtype=torch.uint8, device=device))
+        self.weight_values = nn.Parameter(tensors[VALUES], requires_grad=False)
+        self.register_buffer(BITMASK, tensors[BITMASK])
         self.register_buffer("row_starts", None, persistent=False)  # of S in weight_values, found when needed
-        self.lora_A = nn.Parameter(empty(rank, in_features))
-        self.lora_B = nn.Parameter(empty(out_features, rank))
-        self.bias = nn.Parameter(empty(out_features)) if bias else None
+        self.lora_A = nn.Parameter(tensors[LORA_A])
+        self.lora_B = nn.Parameter(tensors[LORA_B])
+        self.bias = bias
 
     def check(self) -> None:
         """Raise `CheckpointError` unless values and bitmask fit each other (packed runtime only)."""
