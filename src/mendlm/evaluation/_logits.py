@@ -132,7 +132,8 @@ def logits_reader(model: Any, first: Tensor) -> tuple[Callable[[Tensor], LogitsO
         except (AttributeError, RuntimeError):  # no last_hidden_state; head in another dtype or on another device
             ours = None
         # Same kernels on the same input: equal but for a rounding or two, unless something is done to the logits.
-        bound = 2 * torch.finfo(own.dtype).eps * float(own.abs().max())
+        largest = own.abs().nan_to_num(nan=0.0, posinf=0.0).max()
+        bound = 2 * torch.finfo(own.dtype).eps * float(largest)
         if ours is not None and torch.allclose(ours.to(own.device, own.dtype), own, rtol=0.0, atol=bound):
             return chunked, "base model once, output embedding in chunks"
     return whole, "the model's own forward, a whole window of logits"
