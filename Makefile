@@ -7,13 +7,16 @@ STAMP := $(VENV)/.mendlm-setup
 # Two BLAS pools on few cores fight; tokenizers warn about forks.
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
+# mkdocs-material announces its successor at every start.
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup demo test test-fast lint format bench figures clean
+.PHONY: help setup demo test test-fast lint format docs bench figures clean
 
 help:
 	@echo "make demo       compress SmolLM2-135M and measure what it did (about 5 minutes on 2 cores)"
 	@echo "make test       all tests (test-fast: without the real model)"
 	@echo "make lint       ruff and mypy --strict"
+	@echo "make docs       the documentation as a site, in site/; a dead link is an error"
 	@echo "make bench      the figures of docs/benchmarks.md (an hour; 'make -n bench' lists the commands)"
 
 setup: $(STAMP)
@@ -44,6 +47,13 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP)
+	$(BIN)/mkdocs build --quiet --strict
+
+figures: $(STAMP)
+	$(BIN)/python benchmarks/figures.py
+	$(BIN)/python benchmarks/behaviour.py --draw
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/large_matrix.py
@@ -51,4 +61,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/acceleration.py
 
 clean:
-	rm -rf $(VENV) work demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) work demo site .pytest_cache .mypy_cache .ruff_cache .hypothesis

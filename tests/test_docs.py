@@ -1,18 +1,25 @@
-"""The pages: links lead somewhere, and the examples that stand alone run."""
+"""The pages: links lead somewhere, the site builds and loads nothing from elsewhere, examples that stand alone run."""
 
 from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
+import yaml
 
 import mendlm
 from mendlm import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Made from the code when the site is built.
+GENERATED = {ROOT / "docs" / "reference" / "cli.md", ROOT / "docs" / "reference" / "python.md"}
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -31,8 +38,88 @@ def test_links_lead_somewhere(page: Path) -> None:
             continue
         file, _, anchor = target.partition("#")
         linked = (page.parent / file).resolve() if file else page
+        if linked in GENERATED:
+            continue
         assert linked.exists(), f"{page.name} links to {target}"
         assert not anchor or anchor in anchors(linked), f"{page.name} links to {target}"
+
+
+class Links(HTMLParser):
+    """Where a built page leads, what it loads, and what can be linked to in it."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.page, self.links, self.loaded, self.ids = page, set[str](), set[str](), set[str]()
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value for name, value in attrs if value}
+        self.ids |= {given[key] for key in ("id", "name") if key in given}
+        if tag == "a" and "href" in given:
+            self.links.add(given["href"])
+        elif tag in ("script", "img", "iframe", "source") and "src" in given:
+            self.loaded.add(given["src"])
+        elif tag == "link" and given.get("rel") != "canonical" and "href" in given:
+            self.loaded.add(given["href"])
+
+
+def build(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-f", str(config), "-d", str(site)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    built = build(ROOT / "mkdocs.yml", folder)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert (built.stdout + built.stderr).strip() == ""
+    return folder
+
+
+@pytest.mark.slow
+def test_the_built_site_has_no_dead_link_and_loads_nothing_from_elsewhere(site: Path) -> None:
+    pages = {page: Links(page) for page in site.rglob("*.html") if page.name != "404.html"}
+    assert len(pages) > 20
+    dead = []
+    for page, found in pages.items():
+        assert not {url for url in found.loaded if urlsplit(url).netloc}, page
+        for url in found.links | found.loaded:
+            parts = urlsplit(url)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            target = target / "index.html" if target.is_dir() else target
+            if not target.exists():
+                dead.append(f"{page.name}: {url}")
+            elif parts.fragment and target.suffix == ".html" and unquote(parts.fragment) not in pages[target].ids:
+                dead.append(f"{page.name}: {url}")
+    assert not [link for link in dead if "__" not in link]  # "__…" are the theme's own switches
+
+
+@pytest.mark.slow
+def test_the_site_documents_every_public_name_and_every_command(site: Path) -> None:
+    from mendlm.cli._app import build_command
+
+    names = Links(site / "reference" / "python.html").ids
+    assert {f"mendlm.{name}" for name in mendlm.__all__} <= names
+    assert set(build_command().commands) <= Links(site / "reference" / "cli.html").ids
+    assert "<math" in (site / "refiners.html").read_text(encoding="utf-8")
+    assert "arithmatex" not in "".join(page.read_text(encoding="utf-8") for page in site.rglob("*.html"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("link", ["missing.md", "index.md#missing"])
+def test_a_dead_link_fails_the_build(tmp_path: Path, link: str) -> None:
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(f"# Page\n\n[somewhere]({link})\n")
+    kept = {key: settings[key] for key in ("site_name", "strict", "validation")}
+    (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(kept))
+    built = build(tmp_path / "mkdocs.yml", tmp_path / "site")
+    assert built.returncode != 0
+    assert "missing" in built.stdout + built.stderr
 
 
 def test_the_refiner_example_runs() -> None:
