@@ -227,7 +227,7 @@ WRONG_USE = {
         2,
         "--sparsity 0.5 does not go with --pattern",
     ),
-    "no text": ("eval @tiny", 2, "--dataset NAME or --tasks A,B, none was given"),
+    "no text": ("eval @tiny", 2, "either --text FILE or --dataset NAME, neither was given"),
     "device": ("eval @tiny --text @recipe.yaml --device tpu", 2, "unknown device 'tpu'"),
     "option": ("inspect @tiny --tensr x", 2, r"No such option: --tensr.*Try: mendlm inspect --help"),
     "number": ("compress @tiny @out --n-iter many", 2, "Invalid value for '--n-iter'"),
