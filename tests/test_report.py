@@ -437,7 +437,8 @@ def test_evaluations_in_lists(tmp_path: Path) -> None:
         "seqlen": 8,
         "protocol": {"model": "/a/m", "text": "/b/t.txt", "dtype": "float32"},
     }
-    (tmp_path / "e.json").write_text(json.dumps({"rows": [row, row | {"ppl": 3.5}]}))
+    reference = {"reference": {"kl": 0.5, "perplexity": row | {"ppl": 3.5}}}  # of a comparison
+    (tmp_path / "e.json").write_text(json.dumps({"rows": [row | reference, row | {"ppl": 3.5}]}))
     found = read_evaluations([tmp_path / "e.json"])
     assert [(e.model, e.text, e.ppl) for e in found] == [("/a/m", "t.txt", None), ("/a/m", "t.txt", 3.5)]
 

@@ -126,7 +126,7 @@ def read_evaluations(files: Iterable[Path]) -> tuple[Evaluation, ...]:
                 f"{str(file)!r} holds no perplexity. Give what 'mendlm eval MODEL --text FILE --json' prints."
             )
         found += rows
-    return tuple(found)
+    return tuple(dict.fromkeys(found))  # a reference comes with every model
 
 
 def evaluation_of(row: Mapping[str, Any]) -> Evaluation:
@@ -196,6 +196,6 @@ def _results(parsed: Any) -> list[Mapping[str, Any]]:
         return [row for part in parsed for row in _results(part)]
     if not isinstance(parsed, dict):
         return []
-    if "ppl" in parsed and "protocol" in parsed:
-        return [parsed]
-    return [row for part in parsed.values() if isinstance(part, list | dict) for row in _results(part)]
+    protocol = parsed.get("protocol")
+    own = [parsed] if "ppl" in parsed and isinstance(protocol, dict) and {"model", "text"} <= set(protocol) else []
+    return own + [row for part in parsed.values() if isinstance(part, list | dict) for row in _results(part)]
