@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 LEVEL = 0.95
-N_BLOCKS = 16  # between 10 and 30: Schmeiser (1982). More narrow the interval little, and neighbours correlate more
+MIN_BLOCKS, MAX_BLOCKS = 8, 16  # more narrow the interval little (Schmeiser 1982), and longer blocks correlate less
 MIN_BLOCK_TOKENS = 256  # below, what one block gives still tells much about the next one
 
 
@@ -26,14 +26,16 @@ def block_lengths(n_windows: int, n_predicted: int) -> list[int]:
 
     Returns
     -------
-    list of int with the sum n_windows * n_predicted. There are `N_BLOCKS` blocks where there are as many windows, else
-    between 2/3 and 4/3 of that; fewer where that would make them shorter than `MIN_BLOCK_TOKENS`. Lengths differ by one
-    window at most, or by one token where windows are cut.
+    list of int with the sum n_windows * n_predicted. Whole windows where there are `MIN_BLOCKS` of them, several to a
+    block above `MAX_BLOCKS`; below, windows are cut into as few equal parts as give `MIN_BLOCKS` blocks. Fewer blocks
+    where these would be shorter than `MIN_BLOCK_TOKENS`. Lengths differ by one window at most, or by one token where
+    windows are cut.
     """
-    wanted = min(N_BLOCKS, n_windows * (n_predicted + 1) // MIN_BLOCK_TOKENS)
-    if n_windows >= wanted:
-        return [n * n_predicted for n in _shares(n_windows, max(1, wanted))]
-    return _shares(n_predicted, max(1, round(wanted / n_windows))) * n_windows
+    affordable = n_windows * (n_predicted + 1) // MIN_BLOCK_TOKENS
+    if n_windows >= min(MIN_BLOCKS, affordable):
+        return [n * n_predicted for n in _shares(n_windows, max(1, min(n_windows, MAX_BLOCKS, affordable)))]
+    parts = min(-(-MIN_BLOCKS // n_windows), affordable // n_windows)
+    return _shares(n_predicted, max(1, parts)) * n_windows
 
 
 def block_means(values: Tensor) -> list[float]:
