@@ -210,6 +210,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         Recipe.from_file(tmp_path / "x.yaml")
 
 
+def test_a_file_of_any_length_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "long.yaml"
+    path.write_bytes(b"#" * (2**20 + 1))
+    with pytest.raises(UsageError, match=r"long\.yaml' is longer than 1048576 bytes, the limit"):
+        Recipe.from_file(path)
+
+
 def test_json_and_yaml_of_the_same_values_are_one_recipe(tmp_path: Path) -> None:
     values = {"pattern": {"n": 2, "m": 4}, "exclude": ["*.mlp.*"], "calibration": {"source": "𝄞/text\t.txt"}}
     for name in ("r.json", "r.yaml"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,127 @@ NOT_WEIGHTS = {"rope_freqs.weight"}
 # Rotary scaling of the Llama 3.1 and 3.2 models (their config.json); the factor is read off the tensor. [8192 is the
 # context the base models were trained on, 1 and 4 the low and high frequency factors.]
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_ORIGINAL = 1.0, 4.0, 8192
+
+
+# GGUF's types of values: those of a fixed size, by struct's letter; strings and arrays.
+_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_STRING, _ARRAY = 8, 9
+_MAX_DIMS = 4  # ggml's
+# The gguf package makes a few Python objects for each entry of an array. [The largest vocabularies have 2**18 tokens.]
+_MAX_ENTRIES = 2**22
+
+
+def check_gguf(raw: memoryview | mmap.mmap, name: str) -> None:
+    """Walk over the header of the GGUF file `name`, whose bytes are `raw`, and check every length before it is used.
+
+    The gguf package takes lengths and counts as they are, and a damaged one keeps it busy until memory ends.
+
+    Raises
+    ------
+    CheckpointError : a count, length, type or offset that cannot be.
+    """
+    try:
+        _Walk(raw).check()
+    except (struct.error, ValueError, OverflowError) as err:
+        raise CheckpointError(
+            f"{name!r} is not a whole GGUF file ({len(raw)} bytes): {err}. The download is probably incomplete: "
+            "fetch it again."
+        ) from err
+
+
+class _Walk:
+    """A position in a GGUF file; `struct.error` and ValueError say what is wrong."""
+
+    def __init__(self, raw: memoryview | mmap.mmap) -> None:
+        self._raw = raw
+        self._at = 4
+        self._n_entries = 0
+
+    def check(self) -> None:
+        """The whole header."""
+        version = self._take("I")
+        if version not in (2, 3):
+            raise ValueError(f"it has version {version}, and 2 and 3 are known")
+        n_tensors, n_fields = self._take("Q"), self._take("Q")
+        if 13 * n_fields + 24 * n_tensors > len(self._raw):
+            raise ValueError(f"it announces {n_fields} fields and {n_tensors} tensors, more than it has room for")
+        fields: dict[bytes, Any] = {}
+        for _ in range(n_fields):
+            key = self._text()
+            if key in fields:
+                raise ValueError(f"the field {key[:80]!r} occurs twice")
+            fields[key] = self._value(self._take("I"))
+        for key, value in fields.items():
+            if key.endswith(b".block_count") and not (type(value) is int and 0 <= value <= n_tensors):
+                raise ValueError(f"{key[:80]!r} is {value!r:.80}, and it has {n_tensors} tensors")
+        alignment = fields.get(b"general.alignment", 32)
+        if type(alignment) is not int or not 0 < alignment <= 2**20:
+            raise ValueError(f"general.alignment is {alignment!r:.80}")
+        self._check_tensors(n_tensors, alignment)
+
+    def _check_tensors(self, n_tensors: int, alignment: int) -> None:
+        from gguf.constants import GGML_QUANT_SIZES
+
+        sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
+        ends, names = 0, set()
+        for _ in range(n_tensors):
+            name = self._text()
+            if name in names:
+                raise ValueError(f"the tensor {name[:80]!r} occurs twice")
+            names.add(name)
+            n_dims = self._take("I")
+            if n_dims > _MAX_DIMS:
+                raise ValueError(f"{name[:80]!r} has {n_dims} dimensions, the limit is {_MAX_DIMS}")
+            n_elements = math.prod([self._take("Q") for _ in range(n_dims)])
+            kind, offset = self._take("I"), self._take("Q")
+            if kind not in sizes:
+                raise ValueError(f"{name[:80]!r} has type {kind}, which is not known")
+            block, block_bytes = sizes[kind]
+            if n_elements % block or offset % alignment:
+                raise ValueError(
+                    f"{name[:80]!r} has {n_elements} entries at offset {offset}, which do not fit its type"
+                )
+            ends = max(ends, offset + n_elements // block * block_bytes)
+        start = -(-self._at // alignment) * alignment
+        if n_tensors and start + ends > len(self._raw):
+            raise ValueError(f"its tensors end at byte {start + ends}")
+
+    def _take(self, kind: str) -> Any:
+        value: Any
+        (value,) = struct.unpack_from(f"<{kind}", self._raw, self._at)
+        self._at += struct.calcsize(f"<{kind}")
+        return value
+
+    def _skip(self, n_bytes: int) -> None:
+        if n_bytes > len(self._raw) - self._at:
+            raise ValueError(f"a value of {n_bytes} bytes at byte {self._at} leads out of it")
+        self._at += n_bytes
+
+    def _text(self) -> bytes:
+        n_bytes, start = self._take("Q"), self._at
+        self._skip(n_bytes)
+        text = bytes(self._raw[start : self._at])
+        text.decode()
+        return text
+
+    def _value(self, kind: int, depth: int = 0) -> Any:
+        """A field's value; None for arrays, which are passed over."""
+        if kind in _SCALARS:
+            return self._take(_SCALARS[kind])
+        if kind == _STRING:
+            return self._text()
+        if kind != _ARRAY or depth > 1:
+            raise ValueError(f"a value at byte {self._at} has type {kind}, which is not known there")
+        inner, n = self._take("I"), self._take("Q")
+        self._n_entries += n
+        if self._n_entries > _MAX_ENTRIES:
+            raise ValueError(f"its arrays have more than {_MAX_ENTRIES} entries")
+        if inner in _SCALARS:
+            self._skip(n * struct.calcsize(f"<{_SCALARS[inner]}"))
+        else:
+            for _ in range(n):
+                self._value(inner, depth + 1)
+        return None
 
 
 @dataclass(frozen=True)
@@ -55,15 +177,18 @@ class GGUFFile:
             raise UsageError(f"cannot read {str(path)!r}: {err}. Check the file and its permissions.") from err
         if magic != b"GGUF":
             raise UsageError(f"{str(path)!r} is not a GGUF file: it starts with {magic!r} instead of b'GGUF'.")
+        with path.open("rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            check_gguf(mapped, path.name)
         try:
             reader = gguf.GGUFReader(str(path))
             name = reader.fields["general.architecture"].contents()
+            parts = reader.fields["split.count"].contents() if "split.count" in reader.fields else 1
         except (ValueError, IndexError, KeyError, OverflowError, MemoryError, OSError, struct.error) as err:
             raise CheckpointError(
                 f"{str(path)!r} is not a whole GGUF file ({path.stat().st_size} bytes): {type(err).__name__}: {err}. "
                 "The download is probably incomplete: fetch it again."
             ) from err
-        if reader.fields.get("split.count") is not None and int(reader.fields["split.count"].contents()) > 1:
+        if parts != 1 and parts != 0:
             raise UsageError(f"{str(path)!r} is one part of a split GGUF. Merge it first with gguf-split --merge.")
         if not reader.tensors:
             raise CheckpointError(f"{str(path)!r} holds no tensors, only metadata. Give the file with the weights.")
@@ -83,6 +208,16 @@ class GGUFFile:
         """Metadata value under ``<architecture>.key``."""
         found = self.reader.fields.get(f"{self.architecture}.{key}")
         return default if found is None else found.contents()
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A metadata value that must be a number; errors: `CheckpointError`."""
+        found = self.value(key, default)
+        if isinstance(found, bool) or not isinstance(found, int | float):
+            raise CheckpointError(
+                f"{self.path.name!r} has {found!r:.80} for {self.architecture}.{key}, which must be a number. "
+                "Fetch it again, or use the original checkpoint."
+            )
+        return found
 
     def dequantized(self, name: str) -> Tensor:
         """Tensor `name` in float32, torch's order of dimensions."""
@@ -118,7 +253,7 @@ class GGUFFile:
         import gguf
 
         arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == self.architecture)
-        table = gguf.get_tensor_name_map(arch, int(self.value("block_count")))
+        table = gguf.get_tensor_name_map(arch, int(self.number("block_count")))
         sources = {}
         for name in names:
             module, _, kind = name.rpartition(".")
@@ -128,9 +263,9 @@ class GGUFFile:
 
     def _unpermuted(self, name: str, W: Tensor) -> Tensor:
         """Undo the converter's reordering: in each head, rows (d/2, 2) interleaved back to two halves (2, d/2)."""
-        n_heads = int(self.value("attention.head_count"))
+        n_heads = int(self.number("attention.head_count"))
         if ".k_proj." in name:
-            n_heads = int(self.value("attention.head_count_kv", n_heads))
+            n_heads = int(self.number("attention.head_count_kv", n_heads))
         elif ".q_proj." not in name:
             return W
         return W.reshape(n_heads, -1, 2, *W.shape[1:]).transpose(1, 2).reshape(W.shape)
@@ -138,7 +273,7 @@ class GGUFFile:
     def check_rope(self) -> None:
         """Refuse rotary scaling that transformers would drop without a word."""
         kind = self.value("rope.scaling.type", "none")
-        factor = float(self.value("rope.scaling.factor", self.value("rope.scale_linear", 1.0)))
+        factor = float(self.number("rope.scaling.factor", self.value("rope.scale_linear", 1.0)))
         if self.architecture != "gpt-oss" and (kind not in ("none", "linear") or factor != 1.0):
             raise CheckpointError(
                 f"{self.path.name!r} scales its rotary embedding ({kind}, factor {factor:g}), which transformers does "

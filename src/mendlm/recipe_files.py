@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -24,6 +25,8 @@ R = TypeVar("R", bound=Recipe)
 Lines = dict[FieldPath, int]
 
 PRESETS = ("fast", "balanced", "best")  # built-in recipes that the command line offers by themselves
+
+MAX_RECIPE_BYTES = 2**20  # YAML is parsed at about 10 kB in a second and nesting costs more
 
 _FOLDER = Path(__file__).parent / "recipes"
 _TAG = "tag:yaml.org,2002:"
@@ -134,7 +137,11 @@ def read_fields(path: str | Path) -> tuple[dict[str, Any], Lines]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            raw = file.read(MAX_RECIPE_BYTES + 1)
+        if len(raw) > MAX_RECIPE_BYTES:
+            raise UsageError(f"recipe {str(path)!r} is longer than {MAX_RECIPE_BYTES} bytes, the limit.")
+        text = io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8-sig").read()
     except OSError as err:
         raise UsageError(f"cannot read recipe {str(path)!r}: {err.strerror}.") from err
     except UnicodeDecodeError as err:
