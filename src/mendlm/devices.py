@@ -36,6 +36,21 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def resolve_devices(name: str) -> tuple[torch.device, ...]:
+    """The devices that `name` lists: "cpu", "cuda", "cuda:1", "cuda:0,1" or "cuda:0,cuda:1".
+
+    Raises
+    ------
+    UsageError : as `resolve_device`; or one of them twice, or more than one that are not all numbered CUDA devices.
+    """
+    parts = [part.strip() for part in name.split(",")]
+    names = [f"cuda:{part}" if part.isdecimal() and len(parts) > 1 else part for part in parts]
+    devices = tuple(resolve_device(part) for part in names)
+    if len(devices) > 1 and (len(set(devices)) < len(devices) or any(device.index is None for device in devices)):
+        raise UsageError(f"device {name!r} must list different CUDA devices by number, such as 'cuda:0,1'.")
+    return devices
+
+
 def cpu_name() -> str:
     """Of the processor, where the system says it."""
     try:

@@ -31,6 +31,10 @@ class StorageError(MendError, OSError):
     """Writing failed: disk full, no permission, folder in use."""
 
 
+class WorkerError(MendError):
+    """A process that worked on a tensor died, or took too long, again and again."""
+
+
 class MissingDependencyError(MendError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

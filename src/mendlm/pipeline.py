@@ -21,7 +21,6 @@ import safetensors
 import torch
 
 import mendlm
-from mendlm._memory import peak_memory_bytes
 from mendlm.checkpoints.finish import hash_files, input_files, make_config, make_index, side_files, to_json
 from mendlm.checkpoints.plan import LAYOUT, METHOD, VERSION, shard_layout
 from mendlm.checkpoints.reader import CONFIG_FILE, INDEX_FILE, Checkpoint, open_checkpoint
@@ -35,15 +34,15 @@ from mendlm.checkpoints.staging import (
     remove_leftovers,
 )
 from mendlm.checkpoints.writer import copy_file, write_file
-from mendlm.devices import resolve_device
-from mendlm.errors import CheckpointError, MendError, StorageError, UsageError
+from mendlm.errors import CheckpointError, MendError, StorageError, UsageError, WorkerError
+from mendlm.execution import AbstractExecutor, LocalExecutor, make_executor
 from mendlm.execution.blocks import BlockRun
 from mendlm.execution.run import BlockStarted as BlockStarted
 from mendlm.execution.run import Event as Event
 from mendlm.execution.run import Run
 from mendlm.execution.run import TensorDone as TensorDone
 from mendlm.execution.run import TensorStarted as TensorStarted
-from mendlm.execution.serial import SerialRun
+from mendlm.execution.tensors import TensorRun
 from mendlm.planning import CompressionPlan as CompressionPlan
 from mendlm.planning import make_plan
 from mendlm.report.records import MANIFEST_FILE, RUN_FILE, Manifest, TensorRecord, Totals, read_manifest
@@ -110,7 +109,8 @@ def compress(
     recipe: Recipe | None = None,
     *,
     device: str = "cpu",
-    executor: str = "local",
+    executor: str | AbstractExecutor = "local",
+    workers: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
     activation_dir: str | Path | None = None,
@@ -123,8 +123,10 @@ def compress(
     model : a local folder with config.json and safetensors, single or sharded; F64, F32, F16 or BF16 weights.
     out : the folder to write. It appears only when it is complete.
     recipe : how; ``Recipe()`` if not given. Same recipe, same input, same bytes.
-    device : where to compute, "cpu", "cuda" or "cuda:1".
-    executor : "local" is the only one so far.
+    device : where to compute: "cpu", "cuda", "cuda:1", or several, "cuda:0,1".
+    executor : how data-free work is spread: "local", or an object of `mendlm.execution` with its settings. The
+        bytes do not depend on it.
+    workers : how many tensors are worked on at once; by default what the machine has room for.
     overwrite : replace `out`, at the very end, and start anew if a run into it stopped half-way.
     resume : continue a run that stopped half-way; starts normally if there is none, returns its result if `out` is
         complete.
@@ -142,19 +144,20 @@ def compress(
     CheckpointError : a file of the input is missing, damaged or unsafe.
     NonFiniteError : a weight holds NaN or infinity, or overflows the storage dtype; the message names it.
     StorageError : the disk is full or cannot be written, or another run writes to `out`.
+    WorkerError : the process on a tensor died, or took too long, again and again; the work done so far is kept.
 
     Notes
     -----
-    Memory: a few copies of the largest tensor; with calibration the embeddings, one block, the hidden states of the
-    text and the Gram matrices of one block, whatever the number of blocks. After any of these errors nothing is left
-    behind; KeyboardInterrupt and unexpected errors leave the work done so far in a hidden folder beside `out`, for
-    `resume`.
+    Memory: for every worker copies of the largest tensor (docs/executors.md); with calibration the embeddings, one
+    block, the hidden states of the text and the Gram matrices of one block, whatever the number of blocks. After any of
+    these errors but `WorkerError` nothing is left behind; KeyboardInterrupt and unexpected errors leave the work done
+    so far in a hidden folder beside `out`, for `resume`.
     """
     started = time.monotonic()
     recipe = _recipe_or_default(recipe)
-    where = resolve_device(device)
-    if executor != "local":
-        raise UsageError(f"unknown executor {executor!r}. Available: local.")
+    spread = _executor(executor, workers)
+    devices = spread.devices(device)
+    where = devices[0]
     if overwrite and resume:
         raise UsageError("overwrite starts anew and resume continues: pass one of them.")
     checkpoint = open_model(model)
@@ -164,6 +167,8 @@ def compress(
         manifest = _finished_run(target, checkpoint, recipe)
         seconds = time.monotonic() - started
         return CompressionResult(target, manifest.records, manifest.totals, seconds, len(manifest.records))
+    if _walks(recipe):
+        _check_one_worker(spread, devices)
     prepared = prepare_calibration(checkpoint, planned, where, activation_dir)
     if prepared is not None and recipe.layer_sparsity is not None:
         planned = make_plan(checkpoint, recipe, _survey(prepared, checkpoint, planned, on_event))
@@ -175,7 +180,7 @@ def compress(
     work = (planned, checkpoint.shards, layouts, staging, where, on_event)
     run: Run
     if prepared is None:
-        run = SerialRun(*work)
+        run = TensorRun(*work, executor=spread, devices=devices)
     else:
         run = BlockRun(*work, model=prepared.model, text=prepared.text)
     records = _carry_out(checkpoint, run, started)
@@ -187,7 +192,7 @@ def prepare_calibration(
 ) -> Prepared | None:
     """The calibration of a recipe that needs one, else None."""
     recipe = planned.recipe
-    if recipe.needs == "weights" and recipe.layer_sparsity is None and recipe.match_blocks is None:
+    if not _walks(recipe):
         if recipe.calibration is not None:
             logger.warning("nothing in this recipe looks at the calibration text: criterion and metric use W alone")
         return None
@@ -195,6 +200,37 @@ def prepare_calibration(
 
     folder = None if activation_dir is None else Path(activation_dir).expanduser()
     return prepare(checkpoint, planned, device, folder)
+
+
+def _executor(executor: str | AbstractExecutor, workers: int | None) -> AbstractExecutor:
+    if isinstance(executor, str):
+        return make_executor(executor, workers=workers)
+    if workers is not None:
+        raise UsageError("workers is a setting of the executor: give it to the object.")
+    return executor
+
+
+def _walks(recipe: Recipe) -> bool:
+    """Whether the model is walked block by block."""
+    return recipe.needs != "weights" or recipe.layer_sparsity is not None or recipe.match_blocks is not None
+
+
+def _check_one_worker(executor: AbstractExecutor, devices: tuple[torch.device, ...]) -> None:
+    """Refuse to spread a walk: what a block gets is what the blocks before it gave."""
+    if not isinstance(executor, LocalExecutor):
+        what = f"executor {executor.name!r}"
+    elif len(devices) > 1:
+        what = f"devices {', '.join(map(str, devices))}"
+    elif executor.workers not in (None, 1):
+        what = f"workers {executor.workers}"
+    elif executor.task_timeout is not None:
+        what = f"task_timeout {executor.task_timeout:g}"
+    else:
+        return
+    raise UsageError(
+        f"{what} is for work without calibration, tensor by tensor. This recipe walks the model block by block, in one "
+        "process and on one device: leave it out."
+    )
 
 
 def _survey(
@@ -371,9 +407,10 @@ def _run_facts(run: Run, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "resumed": run.n_resumed,
         "device": str(run.device),
-        "n_threads": torch.get_num_threads(),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "peak_device_bytes": torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None,
+        "n_workers": run.n_workers,
+        "n_threads": torch.get_num_threads() if run.n_threads is None else run.n_threads,
+        "peak_memory_bytes": run.peak_memory_bytes(),
+        "peak_device_bytes": run.peak_device_bytes(),
         "inputs": run.staging.journal.fingerprint["inputs"],
         "tensor_seconds": run.seconds(),
     }
@@ -384,6 +421,8 @@ def _abandon(run: Run, err: BaseException) -> None:
     had_work = bool(run.staging.journal.entries)
     if isinstance(err, StorageError):
         keep = had_work
+    elif isinstance(err, WorkerError):
+        keep = had_work or run.n_done > 0
     else:
         keep = not isinstance(err, MendError) and (had_work or run.n_done > 0)
     if keep:

@@ -245,7 +245,35 @@ StorageOption = Annotated[
     ),
 ]
 ExecutorOption = Annotated[
-    str, typer.Option("--executor", metavar="NAME", help="How the work is spread: local.", rich_help_panel=_RUN)
+    str,
+    typer.Option("--executor", metavar="NAME", help="How the work is spread: local.", rich_help_panel=_RUN),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        metavar="N",
+        help="Tensors worked on at once, one thread each. Default: one a core or GPU, as memory allows.",
+        rich_help_panel=_RUN,
+    ),
+]
+TaskTimeoutOption = Annotated[
+    float | None,
+    typer.Option(
+        "--task-timeout",
+        metavar="SECONDS",
+        help="End and repeat the work on a tensor that takes longer. Default: wait.",
+        rich_help_panel=_RUN,
+    ),
+]
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="DEVICES",
+        help="cpu, cuda, cuda:N, or several: cuda:0,1. Default: cpu.",
+        rich_help_panel=_RUN,
+    ),
 ]
 ResumeOption = Annotated[
     bool,

@@ -21,12 +21,13 @@ from mendlm.cli._console import (
     print_json,
     print_table,
 )
-from mendlm.cli._options import DeviceOption, JsonOption, OverwriteOption, TracebackOption
+from mendlm.cli._options import JsonOption, OverwriteOption, TracebackOption
 from mendlm.cli._progress import progress_view
 from mendlm.errors import UsageError
 
 if TYPE_CHECKING:
     from mendlm.config import Recipe
+    from mendlm.execution import AbstractExecutor
     from mendlm.pipeline import CompressionPlan, CompressionResult, Event, TensorDone
     from mendlm.report.records import Totals
 
@@ -47,6 +48,10 @@ EXAMPLES = """[bold]Examples[/bold]
 [dim]What would be done, and how large the result would be; nothing is written:[/dim]
 
 [green]mendlm compress SmolLM2-135M out --recipe recipe.yaml --dry-run[/green]
+
+[dim]A large model on four GPUs:[/dim]
+
+[green]mendlm compress Llama-2-70b out --pattern 2:4 --rank 128 --device cuda:0,1,2,3[/green]
 
 [dim]Go on after Ctrl-C or a crash:[/dim]
 
@@ -93,8 +98,10 @@ def compress(
     activation_dir: options.ActivationDirOption = None,
     seed: options.SeedOption = None,
     dtype: options.StorageOption = None,
-    device: DeviceOption = None,
+    device: options.DevicesOption = None,
     executor: options.ExecutorOption = "local",
+    workers: options.WorkersOption = None,
+    task_timeout: options.TaskTimeoutOption = None,
     overwrite: OverwriteOption = False,
     resume: options.ResumeOption = False,
     dry_run: options.DryRunOption = False,
@@ -116,7 +123,10 @@ def compress(
             ctx.find_root().obj.interrupt_hint = (
                 f"Run the same command with {how} to go on from the tensors done so far."
             )
-            target = _Target(out, device or "cpu", executor, overwrite, resume, activation_dir)
+            from mendlm.execution import make_executor
+
+            spread = make_executor(executor, workers=workers, task_timeout=task_timeout)
+            target = _Target(out, device or "cpu", spread, overwrite, resume, activation_dir)
             result = _run(stream, model, chosen, target)
     if as_json:
         print_json(planned.to_dict() if dry_run else result.to_dict())
@@ -250,7 +260,7 @@ class _Target(NamedTuple):
 
     out: Path
     device: str
-    executor: str
+    executor: AbstractExecutor
     overwrite: bool
     resume: bool
     activation_dir: Path | None

@@ -22,7 +22,8 @@ from mendlm.checkpoints.plan import PlannedTensor
 from mendlm.checkpoints.reader import Shard, as_bytes, read_tensor, read_weight
 from mendlm.checkpoints.writer import ShardWriter
 from mendlm.errors import NonFiniteError
-from mendlm.execution.run import BlockStarted, Compressed, Run
+from mendlm.execution.run import BlockStarted, Run
+from mendlm.execution.tasks import Compressed
 from mendlm.execution.tensor import dense_weight, remeasured, tensor_generator
 from mendlm.inputs import InputStats
 from mendlm.report.records import BlockRecord
@@ -76,9 +77,7 @@ class BlockRun(Run):
                         self._copy(writers[shard.name], shard, tensor)
             if any(self._pending(index) for index in self._by_block):
                 self._walk(writers)
-            for writer in writers.values():
-                writer.sync()
-            self.staging.journal.sync()
+            self._sync(writers.values())
 
     def _walk(self, writers: Mapping[str, ShardWriter]) -> None:
         model, calibration = self._model, self.plan.recipe.calibration

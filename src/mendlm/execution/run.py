@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mendlm._memory import peak_memory_bytes
 from mendlm.checkpoints.header import FLOATING, TensorInfo
 from mendlm.checkpoints.journal import Entry
 from mendlm.checkpoints.plan import PlannedTensor
-from mendlm.checkpoints.reader import Shard, as_bytes, read_chunks, read_weight
+from mendlm.checkpoints.reader import Shard, as_bytes, read_chunks
 from mendlm.checkpoints.staging import Staging
 from mendlm.checkpoints.writer import ShardLayout, ShardWriter
-from mendlm.errors import MendError, NonFiniteError, located
-from mendlm.execution.tensor import compress_tensor
+from mendlm.errors import NonFiniteError
+from mendlm.execution.tasks import Compressed, compress_weight
 from mendlm.inputs import InputStats
 from mendlm.planning import CompressionPlan
 from mendlm.report.records import BlockRecord, TensorRecord
@@ -86,16 +87,6 @@ class BlockStarted:
 Event = TensorStarted | TensorDone | BlockStarted
 
 
-@dataclass(frozen=True)
-class Compressed:
-    """A tensor that is compressed and not yet written: its parts in the order of the plan, and the time it took."""
-
-    tensor: PlannedTensor
-    parts: list[Tensor]
-    record: TensorRecord
-    seconds: float
-
-
 class Run(ABC):
     """What every way to carry out a plan shares; a subclass says in which order in `execute`.
 
@@ -111,7 +102,10 @@ class Run(ABC):
     Attributes
     ----------
     n_done, n_resumed : compressed tensors that are written, and how many of them by an earlier run.
+    n_workers, n_threads : processes at work, and CPU threads of each; None is torch's choice.
     """
+
+    n_threads: int | None = None
 
     def __init__(
         self,
@@ -135,6 +129,8 @@ class Run(ABC):
         self._done_bytes = 0
         self.n_done = 0
         self.n_resumed = 0
+        self.n_workers = 1
+        self._peaks: dict[str, tuple[int, int]] = {}  # of workers in other processes: memory, device memory
 
     def allocate(self) -> None:
         """Give every output file its size and header, and check what an earlier run has written.
@@ -179,6 +175,23 @@ class Run(ABC):
         """Name -> seconds of every compressed tensor."""
         return {tensor.name: self._done[tensor.name].seconds for tensor in self.plan.compressed}
 
+    def peak_memory_bytes(self) -> int:
+        """Largest resident memory of this process and of its workers on this machine; pages they share count often."""
+        return peak_memory_bytes() + sum(memory for memory, _ in self._peaks.values())
+
+    def peak_device_bytes(self) -> int | None:
+        """Largest memory taken of one CUDA device; None on the CPU."""
+        if self.device.type != "cuda":
+            return None
+        here = torch.cuda.max_memory_allocated(self.device) if self.n_workers == 1 and not self._peaks else 0
+        return max([here, *(device for _, device in self._peaks.values())])
+
+    def _sync(self, writers: Iterable[ShardWriter]) -> None:
+        """Wait until everything written is on the disk."""
+        for writer in writers:
+            writer.sync()
+        self.staging.journal.sync()
+
     def _tensors(self, shard: Shard) -> Iterator[PlannedTensor]:
         return (tensor for tensor in self.plan.tensors if tensor.shard == shard.name)
 
@@ -199,15 +212,14 @@ class Run(ABC):
         self, shard: Shard, tensor: PlannedTensor, inputs: InputStats | None = None, *, n_waiting: int = 0
     ) -> Compressed:
         """Compress a tensor; `n_waiting` others are compressed and not written yet."""
-        index = self.n_done + n_waiting + 1
-        self._tell(TensorStarted(tensor.name, shard.name, index, self._n_tensors, self._done_bytes, self._total_bytes))
-        started = time.monotonic()
-        try:
-            W = read_weight(shard, tensor)
-            parts, record = compress_tensor(W, tensor, self.plan.recipe, self.device, inputs)
-        except MendError as err:
-            raise located(err, f"{tensor.name} in {shard.name}") from err
-        return Compressed(tensor, parts, record, time.monotonic() - started)
+        self._started(tensor, self.n_done + n_waiting + 1)
+        return compress_weight(shard, tensor, self.plan.recipe, self.device, inputs)
+
+    def _started(self, tensor: PlannedTensor, index: int) -> None:
+        """Tell that work on the `index`-th tensor begins."""
+        self._tell(
+            TensorStarted(tensor.name, tensor.shard, index, self._n_tensors, self._done_bytes, self._total_bytes)
+        )
 
     def _write(self, writer: ShardWriter, done: Compressed) -> None:
         """Write the parts of a tensor and note it in the journal."""
@@ -216,6 +228,8 @@ class Run(ABC):
         crc32 = 0
         for name, part in zip(tensor.parts(), done.parts, strict=True):
             crc32 = writer.write(name, [as_bytes(part)] if part.numel() else [], crc32)
+        if done.worker:
+            self._peaks[done.worker] = (done.peak_memory_bytes, done.peak_device_bytes or 0)
         seconds = done.seconds + time.monotonic() - started
         self._note(tensor, crc32, record, seconds)
         logger.info(

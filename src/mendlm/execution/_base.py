@@ -1,0 +1,82 @@
+"""The interface of an executor: where the tensors of a data-free run are compressed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import ClassVar
+
+import torch
+
+from mendlm.checkpoints.plan import PlannedTensor
+from mendlm.errors import UsageError
+from mendlm.execution.tasks import Compressed, Job
+
+Started = Callable[[PlannedTensor], None]  # called when a tensor is handed to a worker
+
+
+class Pool(ABC):
+    """The workers of one run.
+
+    Attributes
+    ----------
+    n_workers : how many there are; results that are finished and not yet taken are at most a few more.
+    """
+
+    n_workers: int
+
+    @abstractmethod
+    def compress(self, tensors: Sequence[PlannedTensor], started: Started) -> Iterator[Compressed]:
+        """Compress tensors, begun in their order, yielded as they get ready.
+
+        Raises
+        ------
+        NonFiniteError, UsageError, CheckpointError : a tensor cannot be compressed; the message names it.
+        WorkerError : the process on a tensor died, or took too long, again and again.
+        """
+
+
+class AbstractExecutor(ABC):
+    """How the tensors of a run are spread over processes and machines. The bytes do not depend on it.
+
+    A new executor is one file in this folder and one line in `EXECUTORS`; the contract tests then cover it.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def devices(self, name: str) -> tuple[torch.device, ...]:
+        """The devices that `name` means to this executor.
+
+        Raises
+        ------
+        UsageError : none, or not one that is there.
+        """
+
+    @abstractmethod
+    def open(self, job: Job, tensors: Sequence[PlannedTensor]) -> AbstractContextManager[Pool]:
+        """Workers for a job; whatever ends the block ends them.
+
+        Parameters
+        ----------
+        job : what they must know.
+        tensors : what they will be given: at least one.
+
+        Raises
+        ------
+        UsageError : settings that do not fit the job or the machines.
+        """
+
+
+def check_settings(workers: int | None, task_timeout: float | None) -> None:
+    """Check what every executor is told.
+
+    Raises
+    ------
+    UsageError : not positive.
+    """
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers must be 1 or more, got {workers}.")
+    if task_timeout is not None and not task_timeout > 0:
+        raise UsageError(f"task_timeout must be a positive number of seconds, got {task_timeout:g}.")
