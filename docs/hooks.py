@@ -36,16 +36,22 @@ def on_page_content(text: str, page: Page, config: MkDocsConfig, files: Files) -
     text = re.sub(r"<td.*?</td>", lambda cell: cell[0].replace("\\|", "|"), text, flags=re.DOTALL)
     text = re.sub(
         r'<span class="arithmatex">\\\((.*?)\\\)</span>',
-        lambda found: convert(html.unescape(found[1])),
+        lambda found: _mathml(found[1], "inline"),
         text,
         flags=re.DOTALL,
     )
     return re.sub(
         r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>',
-        lambda found: f'<div class="formula">{convert(html.unescape(found[1]).strip(), display="block")}</div>',
+        lambda found: f'<div class="formula">{_mathml(found[1], "block")}</div>',
         text,
         flags=re.DOTALL,
     )
+
+
+def _mathml(tex: str, display: str) -> str:
+    """TeX as MathML; bars of norms keep their size, also before a subscript."""
+    math = convert(html.unescape(tex).strip(), display=display)
+    return math.replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')
 
 
 def cli_reference() -> str:

@@ -64,7 +64,8 @@ class Links(HTMLParser):
 
 
 def build(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-f", str(config), "-d", str(site)]
+    # Not --quiet: mkdocs then does not count warnings, and --strict lets everything pass.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(config), "-d", str(site)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
@@ -74,7 +75,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     built = build(ROOT / "mkdocs.yml", folder)
     assert built.returncode == 0, built.stdout + built.stderr
-    assert (built.stdout + built.stderr).strip() == ""
     return folder
 
 
@@ -106,7 +106,10 @@ def test_the_site_documents_every_public_name_and_every_command(site: Path) -> N
     assert {f"mendlm.{name}" for name in mendlm.__all__} <= names
     assert set(build_command().commands) <= Links(site / "reference" / "cli.html").ids
     assert "<math" in (site / "refiners.html").read_text(encoding="utf-8")
-    assert "arithmatex" not in "".join(page.read_text(encoding="utf-8") for page in site.rglob("*.html"))
+    every = "".join(page.read_text(encoding="utf-8") for page in site.rglob("*.html"))
+    assert "arithmatex" not in every
+    formulas = re.findall(r"<math.*?</math>", every, flags=re.DOTALL)
+    assert not [formula for formula in formulas if re.search(r">(&|&amp;|\\)", formula.replace(">&#", ">"))]
 
 
 @pytest.mark.slow
