@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import reprlib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -46,8 +47,9 @@ def parse_pattern(value: object) -> Pattern:
             return NM(value["n"], value["m"])
         if "sparsity" in keys and (keys <= {"sparsity", "scope"} or keys == {"sparsity", "tile"}):
             sparsity = value["sparsity"]
-            if isinstance(sparsity, bool) or not isinstance(sparsity, int | float):
-                raise UsageError(f"sparsity must be a number in [0, 1], got {sparsity!r}.")
+            # A whole number of hundreds of digits, which is no float, is out of range as any other.
+            if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or abs(sparsity) > 10**9:
+                raise UsageError(f"sparsity must be a number in [0, 1], got {reprlib.repr(sparsity)}.")
             if "tile" in keys:
                 return Tiles(float(sparsity), *_parse_tile(value["tile"]))
             return Unstructured(float(sparsity), value.get("scope", "tensor"))
