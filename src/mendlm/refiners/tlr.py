@@ -25,7 +25,6 @@ class _State:
     completion: Completion
     solver: LeadingTriplets
     residual: Tensor  # L = W - S, (d_out, d_in)
-    scratch: Tensor  # (d_out, d_in)
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ class TLR(AbstractRefiner):
     Notes
     -----
     On the mask the paper's step ``S + mask * tail(W - S)`` equals ``mask * (W - L_r)``, so only the leading triplets
-    are needed. A subspace step costs 6 d_out d_in r flops and a few passes over the matrix; memory: four copies of W.
+    are needed. A subspace step costs 6 d_out d_in r flops and a few passes over the matrix; memory: three copies of W
+    beside it.
 
     In the Gram metric S cannot be fitted entry by entry; a step takes one step of conjugate gradients for it, with a
     product by the Gram matrix: see `GramAlternation`.
@@ -84,7 +84,7 @@ class TLR(AbstractRefiner):
         if isinstance(problem.metric, GramMetric):
             return GramAlternation(problem, problem.metric, solver)
         completion = Completion(problem)
-        return _State(completion, solver, completion.pruned.clone(), torch.empty_like(problem.W))
+        return _State(completion, solver, completion.pruned.clone())
 
     def step(
         self, problem: Problem, state: _State | GramAlternation, t: int
@@ -94,9 +94,7 @@ class TLR(AbstractRefiner):
         if isinstance(state, GramAlternation):
             return state, state.step(r)
         fitted = state.solver.leading(state.residual, r)
-        L = torch.mm(fitted.left, fitted.right, out=state.scratch)
-        state.completion.residual(L, out=state.residual)
-        objective = state.completion.objective(state.residual, L, out=state.scratch)
+        objective = state.completion.advance(fitted.left, fitted.right, out=state.residual)
         values = torch.stack([objective, fitted.energy_frac]).tolist()
         return state, Progress(r, values[0], values[1])
 
