@@ -10,12 +10,13 @@ export HF_HUB_OFFLINE ?= 1
 # mkdocs-material announces its successor at every start.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup demo test test-fast lint format docs bench figures clean
+.PHONY: help setup demo test test-fast lint format docs bench figures audit clean
 
 help:
 	@echo "make demo       compress SmolLM2-135M and measure what it did (about 5 minutes on 2 cores)"
 	@echo "make test       all tests (test-fast: without the real model)"
 	@echo "make lint       ruff and mypy --strict"
+	@echo "make audit      known vulnerabilities of the pinned dependencies (needs a network)"
 	@echo "make docs       the documentation as a site, in site/; a dead link is an error"
 	@echo "make bench      the figures of docs/benchmarks.md (an hour; 'make -n bench' lists the commands)"
 
@@ -46,6 +47,11 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Needs the network of the vulnerability database, so that it is no part of CI.
+audit: $(STAMP)
+	@$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip --progress-spinner off || \
+		{ echo "audit: not clean, or the vulnerability service was not reached; the lines above say which." >&2; exit 1; }
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
