@@ -50,7 +50,7 @@ def scale(log: bool) -> alt.Scale:
     return alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
 
 
-def side_by_side(*charts: alt.Chart) -> alt.HConcatChart:
+def side_by_side(*charts: alt.Chart | alt.LayerChart) -> alt.HConcatChart:
     """Charts in one picture, each with its own scales and legend."""
     return alt.hconcat(*charts, spacing=28).resolve_scale(color="independent", strokeDash="independent")
 
