@@ -123,7 +123,7 @@ def _convert(file: GGUFFile, folder: Path, storage: torch.dtype) -> dict[str, Te
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place: dict[str, Any] = {"gguf_file": file.path.name, "local_files_only": True}
+    place: dict[str, Any] = {"gguf_file": file.path.name, "local_files_only": True, "trust_remote_code": False}
     # Dense weights even where a kernel could keep the blocks packed. It also drops the quantization config after
     # loading, without which the model could not be saved. Older versions have no such class and always dequantize.
     config_class = getattr(transformers, "GgufConfig", None)

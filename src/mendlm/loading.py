@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mendlm.checkpoints.folder import open_folder
 from mendlm.checkpoints.plan import METHOD
-from mendlm.checkpoints.reader import read_json_object
+from mendlm.checkpoints.reader import open_shards, read_json_object
 from mendlm.devices import resolve_device
 from mendlm.errors import CheckpointError, MendError, UsageError, located
 from mendlm.runtime import SparseLowRankLinear, resolve_runtime, runtime_on
@@ -46,6 +46,7 @@ def load(
     CheckpointError : the folder is damaged: a tensor is missing, has another shape, or its bitmask is inconsistent.
     """
     folder, compressed = Path(path), is_compressed(path)
+    _check_files(folder)
     resolved = resolve_runtime(runtime)
     where = None if device is None else resolve_device(str(device))
     if not compressed and runtime != "auto":
@@ -77,6 +78,24 @@ def is_compressed(path: str | Path) -> bool:
         raise UsageError(f"{str(path)!r} holds no config.json: it is not a transformers checkpoint.")
     quantization = read_json_object(folder / "config.json").get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+
+
+def _check_files(folder: Path) -> None:
+    """Look at what transformers takes on trust: paths in the index, headers, and the number of layers.
+
+    Raises
+    ------
+    CheckpointError : a file is missing, damaged or unsafe, or config.json asks for more layers than there are tensors.
+    """
+    n_tensors = sum(len(shard.header.tensors) for shard in open_shards(folder))
+    config = read_json_object(folder / "config.json")
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        n_layers = config.get(key)
+        if n_tensors and isinstance(n_layers, int) and n_layers > n_tensors:
+            raise CheckpointError(
+                f"config.json of {str(folder)!r} says {key} {n_layers}, and its files hold {n_tensors} tensors. "
+                "They are of different models: fetch both again."
+            )
 
 
 def _runtime_for(folder: Path, name: str, dtype: torch.dtype | None, device: torch.device) -> str:
@@ -120,6 +139,7 @@ def _from_pretrained(folder: Path, runtime: str | None, dtype: torch.dtype | Non
                 dtype="auto" if dtype is None else dtype,
                 local_files_only=True,
                 trust_remote_code=False,
+                use_safetensors=True,  # the alternative are pickles
                 output_loading_info=True,
             )
         except MendError:

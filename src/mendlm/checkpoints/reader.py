@@ -89,6 +89,24 @@ def open_checkpoint(folder: Path, *, allow_packed: bool = False) -> Checkpoint:
     return Checkpoint(folder, config, shards, index)
 
 
+def open_shards(folder: Path) -> tuple[Shard, ...]:
+    """The shards of any checkpoint of safetensors, whatever its config says; none where there are none.
+
+    Raises
+    ------
+    CheckpointError : a file is missing, damaged or unsafe, or index and shards disagree.
+    """
+    inside(folder, CONFIG_FILE)
+    if (folder / SINGLE_FILE).exists():
+        return (open_shard(folder, SINGLE_FILE),)
+    if not (folder / INDEX_FILE).exists():
+        return ()
+    weight_map = check_weight_map(read_json_object(inside(folder, INDEX_FILE)))
+    shards = tuple(open_shard(folder, name) for name in sorted(set(weight_map.values())))
+    check_index(weight_map, {shard.name: shard.header.by_name.keys() for shard in shards})
+    return shards
+
+
 def read_tensor(shard: Shard, info: TensorInfo) -> Tensor:
     """Read one tensor of a floating dtype or uint8 into fresh memory, on the CPU.
 
