@@ -11,8 +11,9 @@ import logging
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ import mendlm
 from mendlm.checkpoints.finish import hash_files, input_files, make_config, make_index, side_files, to_json
 from mendlm.checkpoints.plan import LAYOUT, METHOD, VERSION, shard_layout
 from mendlm.checkpoints.reader import CONFIG_FILE, INDEX_FILE, Checkpoint, open_checkpoint
+from mendlm.checkpoints.remote import deliver, is_url, open_place, remote_errors
 from mendlm.checkpoints.staging import (
     check_space,
     check_target,
@@ -120,8 +122,9 @@ def compress(
 
     Parameters
     ----------
-    model : a local folder with config.json and safetensors, single or sharded; F64, F32, F16 or BF16 weights.
-    out : the folder to write. It appears only when it is complete.
+    model : a folder with config.json and safetensors, single or sharded; F64, F32, F16 or BF16 weights. For work
+        without calibration also the URL of one (`mendlm.checkpoints.remote`).
+    out : the folder to write. It appears only when it is complete. A URL: made on this machine, then sent.
     recipe : how; ``Recipe()`` if not given. Same recipe, same input, same bytes.
     device : where to compute: "cpu", "cuda", "cuda:1", or several, "cuda:0,1".
     executor : how data-free work is spread: "local", or an object of `mendlm.execution` with its settings. The
@@ -155,6 +158,12 @@ def compress(
     """
     started = time.monotonic()
     recipe = _recipe_or_default(recipe)
+    if is_url(out):
+        here = partial(compress, model, recipe=recipe, device=device, executor=executor, workers=workers)
+        here = partial(here, overwrite=overwrite, resume=resume, activation_dir=activation_dir, on_event=on_event)
+        there = partial(_finished, checkpoint=open_model(model), recipe=recipe, started=started)
+        result, place = deliver(str(out), here, there, overwrite=overwrite, resume=resume)
+        return replace(result, out=place, seconds=time.monotonic() - started)
     spread = _executor(executor, workers)
     devices = spread.devices(device)
     where = devices[0]
@@ -164,9 +173,7 @@ def compress(
     planned = make_plan(checkpoint, recipe)
     target = check_target(out, checkpoint.folder)
     if resume and is_filled(target) and not has_partial(target):
-        manifest = _finished_run(target, checkpoint, recipe)
-        seconds = time.monotonic() - started
-        return CompressionResult(target, manifest.records, manifest.totals, seconds, len(manifest.records))
+        return _finished(target, checkpoint, recipe, started)
     if _walks(recipe):
         _check_one_worker(spread, devices)
     prepared = prepare_calibration(checkpoint, planned, where, activation_dir)
@@ -196,6 +203,11 @@ def prepare_calibration(
         if recipe.calibration is not None:
             logger.warning("nothing in this recipe looks at the calibration text: criterion and metric use W alone")
         return None
+    if is_url(checkpoint.folder):
+        raise UsageError(
+            f"{str(checkpoint.folder)!r} is a URL, and this recipe runs calibration text through the model. "
+            "Download it and give the folder."
+        )
     from mendlm.calibration.prepare import prepare
 
     folder = None if activation_dir is None else Path(activation_dir).expanduser()
@@ -276,7 +288,10 @@ def _recipe_or_default(recipe: Recipe | None) -> Recipe:
 
 def open_model(model: str | Path) -> Checkpoint:
     """The checkpoint in a folder; errors as `plan`."""
-    folder = Path(model).expanduser()
+    folder = open_place(model)
+    if is_url(model):
+        with remote_errors(str(model), writing=False):
+            return open_checkpoint(folder)
     if folder.is_dir():
         return open_checkpoint(folder)
     if folder.suffix == ".gguf":
@@ -309,6 +324,13 @@ def stat_inputs(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
     """Sizes and times of the files of the input, by name."""
     stats = {name: (checkpoint.folder / name).stat() for name in input_files(checkpoint)}
     return {name: {"size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats.items()}
+
+
+def _finished(target: Path, checkpoint: Checkpoint, recipe: Recipe, started: float) -> CompressionResult:
+    """What a run into a complete OUT gives; errors as `_finished_run`."""
+    manifest = _finished_run(target, checkpoint, recipe)
+    seconds = time.monotonic() - started
+    return CompressionResult(target, manifest.records, manifest.totals, seconds, len(manifest.records))
 
 
 def _finished_run(target: Path, checkpoint: Checkpoint, recipe: Recipe) -> Manifest:
@@ -346,7 +368,8 @@ def _finished_run(target: Path, checkpoint: Checkpoint, recipe: Recipe) -> Manif
     for name, entry in manifest.outputs.items():
         if not (target / name).is_file() or (target / name).stat().st_size != entry.get("size_bytes"):
             raise CheckpointError(f"{name!r} in OUT {str(target)!r} is missing or damaged. Pass --overwrite.")
-    remove_leftovers(target)
+    if not is_url(target):
+        remove_leftovers(target)
     return manifest
 
 

@@ -79,7 +79,7 @@ def put_over(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
         if kept["metric"] != "auto" and kept["refiner"] == PruneOnly.name:
             dropped.add("metric")
         kept = {name: value for name, value in kept.items() if name not in dropped}
-    return kept | given
+    return {**kept, **given}
 
 
 def builtin_recipes() -> dict[str, Path]:

@@ -174,13 +174,13 @@ def deliver(
     there, begun = remote.sizes(), is_filled(target) or has_partial(target)
     if resume and not begun and _LAST[-1] in there:
         return finished(remote.path), remote.path
-    if there and not overwrite and not (resume and begun):
-        raise UsageError(f"OUT {remote.url!r} exists and is not empty. Pass --overwrite, or choose another folder.")
     if begun and not overwrite and not resume:
         raise UsageError(
             f"a previous run into {remote.url!r} stopped half-way (its work is in {str(target.parent)!r}). "
             "Pass --resume to continue it, or --overwrite to start anew."
         )
+    if there and not overwrite and not begun:
+        raise UsageError(f"OUT {remote.url!r} exists and is not empty. Pass --overwrite, or choose another folder.")
     made = make(target)
     if there and not sent.exists():
         remote.clear()

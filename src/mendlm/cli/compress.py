@@ -68,7 +68,7 @@ _FIELDS = (
 def compress(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A dense checkpoint folder.", show_default=False)],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write, or a URL.", show_default=False)],
     preset: options.PresetOption = None,
     recipe: options.RecipeOption = None,
     criterion: options.CriterionOption = None,
@@ -258,7 +258,7 @@ def resolve_recipe(
 class _Target(NamedTuple):
     """Where the work runs and where its result goes."""
 
-    out: Path
+    out: str
     device: str
     executor: AbstractExecutor
     overwrite: bool

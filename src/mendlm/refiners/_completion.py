@@ -56,7 +56,7 @@ class Completion:
         """
         d_out, d_in = out.shape
         rows = max(1, BLOCK_BYTES // (d_in * out.itemsize)) if out.device.type == "cpu" else d_out
-        blocks = (x.split(rows) for x in (left, self.pruned, self._kept, out))
+        blocks = (torch.split(x, rows) for x in (left, self.pruned, self._kept, out))
         scratch = out.new_empty(min(rows, d_out), d_in)
         norms = []
         for factor, pruned, kept, residual in zip(*blocks, strict=True):
