@@ -1,7 +1,10 @@
-"""TLR, k = 128, T = 50, on a checkpoint of LLaMA-7B's shape: time of each tensor beside its bare matrix products.
+"""TLR, k = 128, T = 50, in the shape of LLaMA: what it costs, measured, and how it spreads over workers, simulated.
 
     python benchmarks/llama_shape.py work/llama-4 --blocks 4
     python benchmarks/scaling.py work/llama-4 [--only GLOB …] [--n-iter 50]
+    python benchmarks/scaling.py --simulate         # 7B and 70B on 1 to 1,000 workers, from the seconds measured
+    python benchmarks/scaling.py --writer FOLDER    # MB/s of the writer there
+    python benchmarks/scaling.py --batched          # many small tensors in one batched call against one by one
 
 Seconds are of the processor, all threads added, so that other work on the machine changes them little; wall time is
 beside them. The bare products of a shape are timed in the same run, right after its first tensor: all that a step of
@@ -11,17 +14,28 @@ the subspace iteration multiplies (`products`), with the same column counts, and
 from __future__ import annotations
 
 import argparse
+import heapq
+import itertools
+import json
+import math
+import random
 import tempfile
 import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import mendlm
-from _common import report
+from _common import ROOT, report
+from llama_shape import LLAMA_7B, LLAMA_70B, Llama, matrix
 from mendlm import TLR, Recipe, Unstructured
 from mendlm._memory import peak_memory_bytes
+from mendlm.checkpoints.reader import CHUNK_BYTES
+from mendlm.checkpoints.writer import ShardLayout, ShardWriter
 from mendlm.execution.run import Event, TensorDone, TensorStarted
 from mendlm.linalg import OVERSAMPLING
 from mendlm.refiners.tlr import LOOKAHEAD_STEPS
@@ -99,21 +113,274 @@ class Watch:
         print(self.rows[-1], flush=True)
 
 
+@dataclass(frozen=True)
+class Task:
+    """A tensor as a task: seconds of one worker, and bytes of its result."""
+
+    seconds: float
+    n_bytes: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a simulated run comes to.
+
+    Attributes
+    ----------
+    makespan : seconds from the start to the last byte written.
+    efficiency : seconds of the tasks over workers times makespan.
+    tail : seconds from the moment at which a worker first finds no task to the end.
+    blocked : share of the workers' time in which they hold a result that the writer does not take.
+    writer_busy : share of the makespan in which the writer writes.
+    """
+
+    makespan: float
+    efficiency: float
+    tail: float
+    blocked: float
+    writer_busy: float
+
+
+def simulate(
+    tasks: Sequence[Task],
+    n_workers: int,
+    *,
+    rate: float = math.inf,
+    queue: int = 0,
+    copied_bytes: float = 0.0,
+    losses: Mapping[int, float] | None = None,
+    restart: float = 0.0,
+) -> Outcome:
+    """Tasks on workers, the longest first, and one writer.
+
+    A worker that is done takes its next task as soon as its result is taken, before it is written. While the writer
+    writes, `queue` results wait for it (0 as with the local executor); a worker with another one waits itself.
+
+    Parameters
+    ----------
+    rate : bytes per second of the writer.
+    copied_bytes : what the writer writes before the first task begins: the tensors that stay dense.
+    losses : index of a task -> share of its seconds after which the worker of its first try dies. The task goes to the
+        next worker that is free, and the worker is back after `restart` seconds.
+    """
+    order = itertools.count()
+    events: list[tuple[float, int, str, int]] = []  # (when, tie-break, what, task)
+    pending = deque(sorted(range(len(tasks)), key=lambda task: -tasks[task].seconds))
+    lost = dict(losses or {})
+    waiting: deque[int] = deque()
+    blocked: deque[tuple[int, float]] = deque()  # (task, since)
+    now = start = copied_bytes / rate
+    writing, n_idle, first_idle, waited, wrote = False, n_workers, math.inf, 0.0, start
+    n_left = len(tasks)
+
+    def after(seconds: float, what: str, task: int = -1) -> None:
+        heapq.heappush(events, (now + seconds, next(order), what, task))
+
+    def feed() -> None:
+        nonlocal n_idle, first_idle
+        while n_idle and pending:
+            task = pending.popleft()
+            share = lost.pop(task, None)
+            n_idle -= 1
+            after(tasks[task].seconds * (1 if share is None else share), "done" if share is None else "lost", task)
+        if n_idle:
+            first_idle = min(first_idle, now)
+
+    def write(task: int) -> None:
+        nonlocal writing, wrote
+        writing = True
+        seconds = tasks[task].n_bytes / rate
+        wrote += seconds
+        after(seconds, "written")
+
+    feed()
+    while n_left:
+        now, _, what, task = heapq.heappop(events)
+        if what == "written":
+            writing = False
+            n_left -= 1
+            if not waiting and not blocked:
+                continue
+            if blocked:
+                held, since = blocked.popleft()
+                waiting.append(held)
+                waited += now - since
+                n_idle += 1
+            write(waiting.popleft())
+        elif what == "lost":
+            pending.appendleft(task)
+            after(restart, "back")
+        elif what == "back":
+            n_idle += 1
+        elif writing and len(waiting) >= queue:
+            blocked.append((task, now))
+        else:
+            n_idle += 1
+            if writing:
+                waiting.append(task)
+            else:
+                write(task)
+        feed()
+    work = sum(task.seconds for task in tasks)
+    paid = n_workers * now
+    return Outcome(now, work / paid, max(now - first_idle, 0.0), waited / paid, wrote / now)
+
+
+def draw_losses(tasks: Sequence[Task], mean_seconds: float, seed: int = 0) -> dict[int, float]:
+    """The first tries that a worker does not live to end, with `mean_seconds` from one death to the next."""
+    rng = random.Random(seed)
+    deaths = ((index, rng.expovariate(1 / mean_seconds) / task.seconds) for index, task in enumerate(tasks))
+    return {index: share for index, share in deaths if share < 1}
+
+
+def stored_bytes(d_out: int, d_in: int, rank: int) -> int:
+    """Of the packed layout (docs/format.md), at 50 % in a dtype of two bytes."""
+    return d_out * d_in + d_out * math.ceil(d_in / 8) + 2 * rank * (d_out + d_in)
+
+
+def crossing(tasks: Sequence[Task], rate: float) -> float:
+    """The number of workers whose results together are as many bytes per second as the writer takes."""
+    return rate * sum(task.seconds for task in tasks) / sum(task.n_bytes for task in tasks)
+
+
+def model_tasks(model: Llama, refiner: TLR, measured: Mapping[str, float]) -> list[Task]:
+    """Of all its tensors. Shapes that were not measured take the flops per second of the slowest that was."""
+    slowest = min(flops(*map(int, shape.split("x")), refiner) / seconds for shape, seconds in measured.items())
+    return [
+        Task(
+            measured.get(f"{d_out}x{d_in}", flops(d_out, d_in, refiner) / slowest),
+            stored_bytes(d_out, d_in, refiner.rank),
+        )
+        for d_out, d_in in list(model.projections().values()) * model.blocks
+    ]
+
+
+def simulated() -> Iterator[dict[str, Any]]:
+    """The table of docs/scaling.md."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "scaling-cpu.json").read_text())["rows"]
+    measured = {row["shape"]: row["cpu_seconds"] for row in rows}
+    for name, model in (("7B", LLAMA_7B), ("70B", LLAMA_70B)):
+        tasks = model_tasks(model, TLR(128), measured)
+        copied = 2.0 * 2 * model.vocab * model.hidden
+        for rate, mean_death in ((1e9, math.inf), (1e8, math.inf), (1e9, 3600.0)):
+            losses = {} if mean_death == math.inf else draw_losses(tasks, mean_death)
+            for n_workers in (1, 2, 8, 64, 256, 1000):
+                found = simulate(tasks, n_workers, rate=rate, copied_bytes=copied, losses=losses, restart=60.0)
+                yield {
+                    "model": name,
+                    "writer_mb_per_s": rate / 1e6,
+                    "losses": len(losses),
+                    "workers": n_workers,
+                    "makespan": found.makespan,
+                    "efficiency": found.efficiency,
+                    "tail": found.tail,
+                    "blocked": found.blocked,
+                    "writer_busy": found.writer_busy,
+                    "crossing": crossing(tasks, rate),
+                }
+
+
+def writer_rate(folder: Path, n_bytes: int = 2**30) -> dict[str, Any]:
+    """Bytes per second of `ShardWriter`, checksum and a sync at the end included."""
+    chunk = memoryview(random.Random(0).randbytes(CHUNK_BYTES))
+    n_chunks = n_bytes // CHUNK_BYTES
+    layout = ShardLayout("writer.safetensors", [("x", "U8", (n_chunks * CHUNK_BYTES,))], {})
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, ShardWriter(Path(scratch), layout) as writer:
+        writer.allocate()
+        cpu, wall = time.process_time(), time.perf_counter()
+        writer.write("x", itertools.repeat(chunk, n_chunks))
+        writer.sync()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    written = n_chunks * CHUNK_BYTES / 1e6
+    return {"mb": written, "mb_per_s": written / wall, "mb_per_cpu_second": written / cpu}
+
+
+def batched_tlr(W: torch.Tensor, mask: torch.Tensor, refiner: TLR, generator: torch.Generator) -> torch.Tensor:
+    """The residuals of a stack W (n, d_out, d_in) after TLR by subspace steps, every product a batched one."""
+    lookahead = LOOKAHEAD_STEPS * (refiner.rank - 1) // max(refiner.n_iter - 1, 1)
+    most = min(refiner.rank + OVERSAMPLING, *W.shape[1:])
+    fresh = torch.randn(W.shape[0], W.shape[2], most, generator=generator)
+    V, M = fresh[:, :, :0], torch.where(mask, 0, W)
+    for t in range(refiner.n_iter):
+        r = refiner.rank_at(t)
+        c = min(r + OVERSAMPLING + lookahead, most)
+        V = torch.cat([V, fresh[:, :, V.shape[2] : c]], dim=2)
+        for _ in range(3 if t == 0 else 1):
+            Y = torch.bmm(M, V)
+            Y = Y / torch.linalg.vector_norm(Y, dim=1, keepdim=True)
+            gram = torch.bmm(Y.mT, Y)
+            gram.diagonal(dim1=1, dim2=2).add_(1e-5)
+            Q = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), Y.mT, upper=False).mT
+            Z = torch.bmm(M.mT, Q)
+            V = Z / torch.linalg.vector_norm(Z, dim=1, keepdim=True)
+        _, E = torch.linalg.eigh(torch.bmm(Z.mT, Z))
+        E = E.flip(2)
+        Z = torch.bmm(Z, E)
+        V = Z / torch.linalg.vector_norm(Z, dim=1, keepdim=True)
+        L = torch.bmm(torch.bmm(Q, E[:, :, :r]), Z[:, :, :r].mT)
+        M = torch.where(mask, L, W)
+    return M
+
+
+def batched(n_iter: int = 50) -> Iterator[dict[str, Any]]:
+    """One batched loop against `mendlm.refine` tensor by tensor; the errors show that both do the same work."""
+    for n, d_out, d_in, rank in ((64, 256, 512, 16), (32, 192, 576, 16)):
+        generator = torch.Generator().manual_seed(0)
+        W = torch.stack([matrix(d_out, d_in, generator) for _ in range(n)])
+        mask = torch.stack([mendlm.select_mask(w, "magnitude", Unstructured(0.5)) for w in W])
+        refiner = TLR(rank, n_iter=n_iter, solver="subspace")
+        seconds = {"one_by_one": math.inf, "batched": math.inf}
+        for _ in range(3):
+            began = time.process_time()
+            alone = [mendlm.refine(w, m, refiner) for w, m in zip(W, mask, strict=True)]
+            seconds["one_by_one"] = min(seconds["one_by_one"], time.process_time() - began)
+            began = time.process_time()
+            M = batched_tlr(W, mask, refiner, generator)
+            seconds["batched"] = min(seconds["batched"], time.process_time() - began)
+        tails = torch.linalg.svdvals(M)[:, rank:].square().sum(1) / W.square().sum((1, 2))
+        yield {
+            "tensors": n,
+            "shape": f"{d_out}x{d_in}",
+            "rank": rank,
+            "one_by_one_cpu_seconds": seconds["one_by_one"],
+            "batched_cpu_seconds": seconds["batched"],
+            "times": seconds["one_by_one"] / seconds["batched"],
+            "rel_error": sum(one.rel_error for one in alone) / n,
+            "batched_rel_error": float(tails.sqrt().mean()),
+        }
+
+
+def measure(folder: Path, only: Sequence[str], n_iter: int) -> None:
+    """Compress the tensors that `only` names, and report every one beside its bare products."""
+    refiner = TLR(128, n_iter=n_iter)
+    recipe = Recipe(pattern=Unstructured(0.5), refiner=refiner, include=tuple(only))
+    watch = Watch(refiner)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        began = time.perf_counter()
+        mendlm.compress(folder, Path(scratch) / "out", recipe, workers=1, on_event=watch)
+        wall = time.perf_counter() - began
+    notes = f"T = {n_iter}; {wall:.0f} s in all, bare products and copies included."
+    report("scaling", "cpu", watch.rows, notes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", help="a checkpoint to measure")
     parser.add_argument("--only", nargs="+", default=[], help="globs on tensor names; all projections if not given")
     parser.add_argument("--n-iter", type=int, default=50)
+    parser.add_argument("--simulate", action="store_true")
+    parser.add_argument("--writer", type=Path, metavar="FOLDER")
+    parser.add_argument("--batched", action="store_true")
     options = parser.parse_args()
-    refiner = TLR(128, n_iter=options.n_iter)
-    recipe = Recipe(pattern=Unstructured(0.5), refiner=refiner, include=tuple(options.only))
-    watch = Watch(refiner)
-    with tempfile.TemporaryDirectory(dir=options.folder.parent) as scratch:
-        began = time.perf_counter()
-        mendlm.compress(options.folder, Path(scratch) / "out", recipe, on_event=watch)
-        wall = time.perf_counter() - began
-    notes = f"T = {options.n_iter}; {wall:.0f} s in all, bare products and copies included."
-    report("scaling", "cpu", watch.rows, notes)
+    if options.folder is not None:
+        measure(options.folder, options.only, options.n_iter)
+    if options.simulate:
+        report("scaling-simulated", "cpu", list(simulated()), "Seconds; tasks timed by scaling-cpu.json.")
+    if options.writer is not None:
+        report("scaling-writer", "cpu", [writer_rate(options.writer)])
+    if options.batched:
+        torch.set_num_threads(1)
+        report("scaling-batched", "cpu", list(batched()), "Processor time, one thread; the best of 3 runs each.")
 
 
 if __name__ == "__main__":
