@@ -100,7 +100,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_workers(
 
 
 def test_wrong_settings(tiny_llama: Path, tmp_path: Path) -> None:
-    assert list(EXECUTORS) == ["local"]
+    assert list(EXECUTORS) == ["local", "ray"]
     with pytest.raises(UsageError, match=r"workers must be 1 or more, got 0"):
         make_executor("local", workers=0)
     with pytest.raises(UsageError, match=r"task_timeout must be a positive number of seconds, got -1"):

@@ -113,6 +113,7 @@ def compress(
     device: str = "cpu",
     executor: str | AbstractExecutor = "local",
     workers: int | None = None,
+    ray_address: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     activation_dir: str | Path | None = None,
@@ -127,9 +128,10 @@ def compress(
     out : the folder to write. It appears only when it is complete. A URL: made on this machine, then sent.
     recipe : how; ``Recipe()`` if not given. Same recipe, same input, same bytes.
     device : where to compute: "cpu", "cuda", "cuda:1", or several, "cuda:0,1".
-    executor : how data-free work is spread: "local", or an object of `mendlm.execution` with its settings. The
-        bytes do not depend on it.
-    workers : how many tensors are worked on at once; by default what the machine has room for.
+    executor : how data-free work is spread: "local", "ray", or an object of `mendlm.execution` with its settings.
+        The bytes do not depend on it.
+    workers : how many tensors are worked on at once; by default what the machine, or the cluster, has room for.
+    ray_address : of the cluster for "ray", see `mendlm.execution.RayExecutor`.
     overwrite : replace `out`, at the very end, and start anew if a run into it stopped half-way.
     resume : continue a run that stopped half-way; starts normally if there is none, returns its result if `out` is
         complete.
@@ -160,11 +162,12 @@ def compress(
     recipe = _recipe_or_default(recipe)
     if is_url(out):
         here = partial(compress, model, recipe=recipe, device=device, executor=executor, workers=workers)
+        here = partial(here, ray_address=ray_address)
         here = partial(here, overwrite=overwrite, resume=resume, activation_dir=activation_dir, on_event=on_event)
         there = partial(_finished, checkpoint=open_model(model), recipe=recipe, started=started)
         result, place = deliver(str(out), here, there, overwrite=overwrite, resume=resume)
         return replace(result, out=place, seconds=time.monotonic() - started)
-    spread = _executor(executor, workers)
+    spread = _executor(executor, workers=workers, ray_address=ray_address)
     devices = spread.devices(device)
     where = devices[0]
     if overwrite and resume:
@@ -214,11 +217,12 @@ def prepare_calibration(
     return prepare(checkpoint, planned, device, folder)
 
 
-def _executor(executor: str | AbstractExecutor, workers: int | None) -> AbstractExecutor:
+def _executor(executor: str | AbstractExecutor, **settings: Any) -> AbstractExecutor:
     if isinstance(executor, str):
-        return make_executor(executor, workers=workers)
-    if workers is not None:
-        raise UsageError("workers is a setting of the executor: give it to the object.")
+        return make_executor(executor, **settings)
+    for name, value in settings.items():
+        if value is not None:
+            raise UsageError(f"{name} is a setting of the executor: give it to the object.")
     return executor
 
 

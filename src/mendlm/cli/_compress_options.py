@@ -246,7 +246,17 @@ StorageOption = Annotated[
 ]
 ExecutorOption = Annotated[
     str,
-    typer.Option("--executor", metavar="NAME", help="How the work is spread: local.", rich_help_panel=_RUN),
+    typer.Option("--executor", metavar="NAME", help="How the work is spread: local or ray.", rich_help_panel=_RUN),
+]
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="With --executor ray: auto (the cluster of this machine), HOST:PORT, or local (one for this run). "
+        "Default: auto.",
+        rich_help_panel=_RUN,
+    ),
 ]
 WorkersOption = Annotated[
     int | None,

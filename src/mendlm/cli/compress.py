@@ -100,6 +100,7 @@ def compress(
     dtype: options.StorageOption = None,
     device: options.DevicesOption = None,
     executor: options.ExecutorOption = "local",
+    ray_address: options.RayAddressOption = None,
     workers: options.WorkersOption = None,
     task_timeout: options.TaskTimeoutOption = None,
     overwrite: OverwriteOption = False,
@@ -125,7 +126,7 @@ def compress(
             )
             from mendlm.execution import make_executor
 
-            spread = make_executor(executor, workers=workers, task_timeout=task_timeout)
+            spread = make_executor(executor, workers=workers, task_timeout=task_timeout, ray_address=ray_address)
             target = _Target(out, device or "cpu", spread, overwrite, resume, activation_dir)
             result = _run(stream, model, chosen, target)
     if as_json:

@@ -12,8 +12,9 @@ from mendlm.errors import UsageError
 from mendlm.execution._base import AbstractExecutor as AbstractExecutor
 from mendlm.execution._base import Pool as Pool
 from mendlm.execution.local import LocalExecutor as LocalExecutor
+from mendlm.execution.ray import RayExecutor as RayExecutor
 
-EXECUTORS: dict[str, type[AbstractExecutor]] = {kind.name: kind for kind in (LocalExecutor,)}
+EXECUTORS: dict[str, type[AbstractExecutor]] = {kind.name: kind for kind in (LocalExecutor, RayExecutor)}
 
 
 def make_executor(name: str, **settings: Any) -> AbstractExecutor:
