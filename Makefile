@@ -33,11 +33,14 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py src/mendlm/kernels/packe
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
+# A file of tests a process, each with one thread: small matrices gain nothing from more.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
