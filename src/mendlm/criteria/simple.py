@@ -40,7 +40,7 @@ class Magnitude(AbstractCriterion):
             return W.abs()
         norms = torch.linalg.vector_norm(W, dim=0, dtype=torch.float64)
         share = 1 - norms / norms.max().clamp_min(torch.finfo(torch.float64).tiny)
-        scores: Tensor = W.abs().double() * (1 + share * 2.0**-26)
+        scores: Tensor = W.double().abs_().mul_(1 + share * 2.0**-26)  # of a W that is not float64: a copy
         return scores
 
 

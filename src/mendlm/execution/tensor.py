@@ -14,6 +14,7 @@ from mendlm.checkpoints.plan import PlannedTensor
 from mendlm.decomposition import merge
 from mendlm.inputs import InputStats, treat_dead_columns
 from mendlm.linalg import compute_dtype
+from mendlm.masks import row_blocks
 from mendlm.metrics import Metric, make_metric, ratio
 from mendlm.packing import pack_mask, unpack
 from mendlm.refiners import refine
@@ -66,7 +67,9 @@ def compress_tensor(
             generator=generator,
         )
         mask = out.decomposition.mask
-        parts = [part.contiguous().cpu() for part in (out.S[mask], pack_mask(mask), out.A, out.B)]
+        # By blocks: an index is two int64 for every kept entry.
+        values = torch.cat([S[kept] for S, kept in row_blocks(out.S, mask)])
+        parts = [part.contiguous().cpu() for part in (values, pack_mask(mask), out.A, out.B)]
     d_out, d_in = W.shape
     record = TensorRecord(
         name=tensor.name,

@@ -5,37 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mendlm.masks import row_blocks, rows_of_block, zero_
 from mendlm.refiners._base import Problem
-
-# L is formed so many bytes at a time on a CPU. Measured at 4096 x 4096 and 11008 x 4096, rank 64: 8 MiB saves a copy of
-# W and a tenth of product and passes; blocks that fit the second cache are slower, as the product repacks its operand.
-BLOCK_BYTES = 8 * 2**20
 
 
 class Completion:
     """The residual ``L = W - S`` as a function of a low-rank guess.
 
     Off the mask S is zero, so the residual is W; on the mask Algorithm 1 sets ``S = mask * (W - L_r)``, so the residual
-    is L_r. Hence ``residual(L_r) = (1 - mask) * W + mask * L_r``: S itself is never formed during the iteration.
-
-    Attributes
-    ----------
-    pruned : ``(1 - mask) * W``, the residual of plain pruning.
-
-    Notes
-    -----
-    The mask is kept as a tensor of 0 and 1 in the compute dtype: on a CPU ``addcmul`` with it is 15 times faster than
-    ``torch.where`` with a bool mask (28 against 540 microseconds for 576 x 576), which would cost as much as the
-    matrix products at rank 128.
+    is L_r. Hence ``residual(L_r) = (1 - mask) * W + mask * L_r``: S itself is never formed during the iteration, and
+    nothing of the size of W is held beside W and the mask.
     """
 
     def __init__(self, problem: Problem) -> None:
-        self._kept = problem.mask.to(problem.W.dtype)
-        self.pruned = problem.W * (1 - self._kept)
+        self._W, self._mask = problem.W, problem.mask
+
+    def pruned(self) -> Tensor:
+        """``(1 - mask) * W``, the residual of plain pruning, as a new tensor."""
+        return zero_(self._W.clone(), self._mask, off=False)
 
     def residual(self, L: Tensor, out: Tensor | None = None) -> Tensor:
         """``(1 - mask) * W + mask * L``, (d_out, d_in); `out` must not be `L`."""
-        return torch.addcmul(self.pruned, self._kept, L, out=out)
+        out = torch.empty_like(self._W) if out is None else out
+        for target, W, mask, part in row_blocks(out, self._W, self._mask, L):
+            _choose(mask, part, W, target)
+        return out
 
     def objective(self, residual: Tensor, L: Tensor, out: Tensor | None = None) -> Tensor:
         """``||residual - L||_F`` as a 0-dim tensor, given ``residual(L)``; `out` may be `L` itself."""
@@ -55,13 +49,20 @@ class Completion:
         0-dim tensor.
         """
         d_out, d_in = out.shape
-        rows = max(1, BLOCK_BYTES // (d_in * out.itemsize)) if out.device.type == "cpu" else d_out
-        blocks = (torch.split(x, rows) for x in (left, self.pruned, self._kept, out))
-        scratch = out.new_empty(min(rows, d_out), d_in)
+        scratch = out.new_empty(min(rows_of_block(out), d_out), d_in)
         norms = []
-        for factor, pruned, kept, residual in zip(*blocks, strict=True):
+        for residual, factor, W, mask in row_blocks(out, left, self._W, self._mask):
             L = torch.mm(factor, right, out=scratch[: factor.shape[0]])
-            torch.addcmul(pruned, kept, L, out=residual)
+            _choose(mask, L, W, residual)
             norms.append(self.objective(residual, L, out=L))
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
+
+
+def _choose(mask: Tensor, L: Tensor, W: Tensor, out: Tensor) -> None:
+    """`L` where the bool `mask` is True and `W` elsewhere, into `out`."""
+    if mask.device.type == "cpu":
+        # With weights of 0 and 1 an exact choice, and 15 times faster than torch.where.
+        torch.lerp(W, L, mask.to(W.dtype), out=out)
+    else:
+        torch.where(mask, L, W, out=out)

@@ -13,6 +13,7 @@ from mendlm.decomposition import SparseLowRank
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats
 from mendlm.linalg import all_finite, compute_dtype
+from mendlm.masks import row_blocks, rows_of_block, zero_
 from mendlm.metrics import GramMetric, Metric, MetricName, diagonal_metric, gram_metric, ratio
 from mendlm.patterns import Pattern
 from mendlm.refiners._base import AbstractRefiner, Problem, Progress
@@ -148,26 +149,44 @@ def refine(
     if not (all_finite(left) and all_finite(right)):
         raise NonFiniteError(f"{refiner.name} gave non-finite factors after iteration {len(trace) - 1}.")
     mask = refiner.final_mask(problem, state)
-    # Products with a 0/1 tensor of the compute dtype: far faster on a CPU than torch.where with a bool mask.
-    kept = mask.to(compute)
-    exact = problem.W - left @ right
-    right = measure.unscaled(right)
-    B, A = left.to(storage), right.to(storage)
-    L = B.to(compute) @ A.to(compute)
-    fitted = _fit_S(refiner, dense, L, kept, refiner.final_S(problem, state), measure)
+    found = refiner.final_S(problem, state)
+    # From here on no more than two matrices of the compute dtype live beside W: a large one decides what fits.
+    del state
     # On the mask the error is that of S. Where S is least squares for the rounded L, that is the L to measure with.
+    objective, S = math.nan, None
+    if not isinstance(measure, GramMetric):
+        exact = left @ right
+        torch.sub(problem.W, exact, out=exact)
+        if refiner.refits_S and rank > 0:
+            objective = float(torch.linalg.vector_norm(zero_(exact, mask, off=False)))
+        else:
+            fitted = _unfitted_S(dense, mask, found, measure)
+            objective = float(torch.linalg.vector_norm(exact.sub_(measure.scaled(fitted))))
+            S = fitted.to(storage)
+            del fitted
+        del exact
+    del problem
+    B, A = left.to(storage), measure.unscaled(right).to(storage)
+    L = B.to(compute) @ A.to(compute)
     if isinstance(measure, GramMetric):
+        if refiner.refits_S:
+            fitted = _least_squares_S(dense, L, mask, found, measure)
+        else:
+            fitted = _unfitted_S(dense, mask, found, measure)
         objective = measure.norm(dense - fitted - L)
-    elif refiner.refits_S and refiner.rank > 0:
-        objective = float(torch.linalg.vector_norm(exact.mul_(1 - kept)))
-    else:
-        objective = float(torch.linalg.vector_norm(exact.sub_(measure.scaled(fitted))))
-    S = fitted.to(storage)
-    if not all(all_finite(x) for x in (S, B, A)):
+        S = fitted.to(storage)
+        del fitted
+    error = torch.sub(dense, L, out=L)
+    if S is None:
+        S = torch.empty(W.shape, dtype=storage, device=W.device)
+        for target, gap, kept in row_blocks(S, error, mask):
+            target.copy_((gap * kept.to(compute)).add_(0.0))  # + 0 turns the -0 of a product into 0
+    if not all(all_finite(x) for x in (*torch.split(S, rows_of_block(S)), B, A)):
         raise NonFiniteError(
             f"rounding to {storage} overflowed after iteration {len(trace) - 1}. Store in bfloat16 or float32."
         )
-    error = (dense - L).sub_(S)
+    for part, stored in row_blocks(error, S):
+        part.sub_(stored)
     return Refinement(
         SparseLowRank(S, B, A, mask),
         tuple(trace),
@@ -180,20 +199,18 @@ def refine(
     )
 
 
-def _fit_S(
-    refiner: AbstractRefiner, dense: Tensor, L: Tensor, kept: Tensor, found: Tensor | None, metric: Metric
-) -> Tensor:
-    """S for the rounded L, in the compute dtype; `found` is what the refiner had, in scaled columns."""
-    if isinstance(metric, GramMetric) and refiner.refits_S:
-        target = metric.scaled(dense - L)
-        first = target * kept if found is None else found
-        solved = masked_least_squares(target, first, kept, metric.parts()[0], max_steps=FINAL_STEPS, rtol=FINAL_RTOL)
-        S = metric.unscaled(solved.S)
-    elif not refiner.refits_S or refiner.rank == 0:
-        S = dense * kept if found is None else metric.unscaled(found)
-    else:
-        S = (dense - L).mul_(kept)
+def _unfitted_S(dense: Tensor, mask: Tensor, found: Tensor | None, metric: Metric) -> Tensor:
+    """S that does not depend on L, in the compute dtype: `found`, which is in scaled columns, or ``mask * W``."""
+    S = zero_(dense.clone(), mask, off=True) if found is None else metric.unscaled(found)
     return S.add_(0.0)  # + 0 turns the -0 of a product into 0
+
+
+def _least_squares_S(dense: Tensor, L: Tensor, mask: Tensor, found: Tensor | None, metric: GramMetric) -> Tensor:
+    """S for the rounded L, in the compute dtype; `found` is what to begin with, in scaled columns."""
+    kept, target = mask.to(dense.dtype), metric.scaled(dense - L)
+    first = target * kept if found is None else found
+    solved = masked_least_squares(target, first, kept, metric.parts()[0], max_steps=FINAL_STEPS, rtol=FINAL_RTOL)
+    return metric.unscaled(solved.S).add_(0.0)
 
 
 def _metric(

@@ -25,7 +25,6 @@ class _State:
     residual: Tensor  # extrapolated residual, (d_out, d_in)
     previous: Tensor  # L of the step before
     current: Tensor  # memory for the next L
-    scratch: Tensor
     best: Triplets | None = None
     best_objective: float = math.inf
     last_objective: float = math.inf
@@ -54,7 +53,8 @@ class AcceleratedTLR(AbstractRefiner):
 
     Notes
     -----
-    Cost of a step: that of a `TLR` step at full rank plus one pass for the extrapolation; five copies of W. The
+    Cost of a step: that of a `TLR` step at full rank plus one pass for the extrapolation; three copies of W
+    beside it. The
     objective is the error of the weights, not of the model: on SmolLM2 with magnitude masks plain TLR, whose growing
     rank acts as a regularizer, can give the better perplexity at the worse objective.
 
@@ -91,8 +91,7 @@ class AcceleratedTLR(AbstractRefiner):
         if isinstance(problem.metric, GramMetric):
             return GramAlternation(problem, problem.metric, solver)
         completion = Completion(problem)
-        empty = torch.empty_like(W)
-        return _State(completion, solver, completion.pruned.clone(), torch.zeros_like(W), empty, torch.empty_like(W))
+        return _State(completion, solver, completion.pruned(), torch.zeros_like(W), torch.empty_like(W))
 
     def step(
         self, problem: Problem, state: _State | GramAlternation, t: int
@@ -103,7 +102,7 @@ class AcceleratedTLR(AbstractRefiner):
         fitted = state.solver.leading(state.residual, self.rank)
         L = torch.mm(fitted.left, fitted.right, out=state.current)
         plain = state.completion.residual(L, out=state.residual)
-        norm = state.completion.objective(plain, L, out=state.scratch)
+        norm = state.completion.objective(plain, L, out=plain)
         objective, energy_frac = torch.stack([norm, fitted.energy_frac]).tolist()
 
         if objective < state.best_objective:
@@ -118,7 +117,7 @@ class AcceleratedTLR(AbstractRefiner):
         beta = (state.momentum - 1) / following
         state.momentum = following
         # previous + (1 + beta) (L - previous) = L + beta (L - previous)
-        ahead = torch.lerp(state.previous, L, 1 + beta, out=state.scratch)
+        ahead = torch.lerp(state.previous, L, 1 + beta, out=state.previous)
         state.completion.residual(ahead, out=state.residual)
         state.previous, state.current = L, state.previous
         return state, Progress(self.rank, objective, energy_frac)

@@ -47,7 +47,7 @@ class TLR(AbstractRefiner):
     Notes
     -----
     On the mask the paper's step ``S + mask * tail(W - S)`` equals ``mask * (W - L_r)``, so only the leading triplets
-    are needed. A subspace step costs 6 d_out d_in r flops and a few passes over the matrix; memory: three copies of W
+    are needed. A subspace step costs 6 d_out d_in r flops and a few passes over the matrix; memory: one copy of W
     beside it.
 
     In the Gram metric S cannot be fitted entry by entry; a step takes one step of conjugate gradients for it, with a
@@ -84,7 +84,7 @@ class TLR(AbstractRefiner):
         if isinstance(problem.metric, GramMetric):
             return GramAlternation(problem, problem.metric, solver)
         completion = Completion(problem)
-        return _State(completion, solver, completion.pruned.clone())
+        return _State(completion, solver, completion.pruned())
 
     def step(
         self, problem: Problem, state: _State | GramAlternation, t: int
