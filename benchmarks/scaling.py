@@ -269,6 +269,7 @@ def simulated() -> Iterator[dict[str, Any]]:
                 yield {
                     "model": name,
                     "writer_mb_per_s": rate / 1e6,
+                    "mean_death": None if mean_death == math.inf else mean_death,  # seconds; None: never
                     "losses": len(losses),
                     "workers": n_workers,
                     "makespan": found.makespan,
