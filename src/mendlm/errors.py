@@ -32,7 +32,7 @@ class StorageError(MendError, OSError):
 
 
 class WorkerError(MendError):
-    """A process that worked on a tensor died, or took too long, again and again."""
+    """A process that worked on a tensor died, or took too long, again and again; or there is no cluster to work on."""
 
 
 class MissingDependencyError(MendError, ImportError):

@@ -53,6 +53,10 @@ EXAMPLES = """[bold]Examples[/bold]
 
 [green]mendlm compress Llama-2-70b out --pattern 2:4 --rank 128 --device cuda:0,1,2,3[/green]
 
+[dim]On the Ray cluster that this machine is part of; all its machines see /shared:[/dim]
+
+[green]mendlm compress /shared/llama out --rank 128 --executor ray[/green]
+
 [dim]Go on after Ctrl-C or a crash:[/dim]
 
 [green]mendlm compress SmolLM2-135M out --sparsity 0.5 --rank 5% --resume[/green]"""

@@ -73,8 +73,9 @@ class RayExecutor(AbstractExecutor):
         if name not in ("cpu", "cuda"):
             raise UsageError(f"device {name!r} does not go with the executor 'ray', which deals the GPUs: use 'cuda'.")
         _import_ray()
-        if self.ray_address not in ("auto", "local"):
-            _check_listens(self.ray_address)
+        address = os.environ.get("RAY_ADDRESS", "auto") if self.ray_address == "auto" else self.ray_address
+        if re.fullmatch(r".*:\d+", address) and "://" not in address:
+            _check_listens(address)
         return (torch.device(name),)
 
     @contextlib.contextmanager
@@ -83,7 +84,8 @@ class RayExecutor(AbstractExecutor):
 
         Raises
         ------
-        UsageError : there is none, or none with a GPU for the job.
+        WorkerError : there is none, or none with a GPU for the job. Not `UsageError`, after which a run that is resumed
+            would not keep its work.
         """
         with _connected(self.ray_address, self.workers):
             pool = _Tasks(job, self.workers, self.task_timeout)
@@ -112,7 +114,7 @@ class _Tasks(Pool):
         self._units, self._room = 0, 0
         self._look()
         if self._units == 0 and self._unit == "GPU":
-            raise UsageError("no machine of the Ray cluster has a GPU. Use device 'cpu', or join one that has.")
+            raise WorkerError("no machine of the Ray cluster has a GPU. Use device 'cpu', or join one that has.")
         self.n_workers = min(workers or self._units, self._units) or 1
 
     def compress(self, tensors: Sequence[PlannedTensor], started: Started) -> Iterator[Compressed]:
@@ -278,7 +280,7 @@ def _connected(address: str, workers: int | None) -> Iterator[None]:
     if ray.is_initialized():
         here = ray.get_runtime_context().gcs_address
         if address not in ("auto", here):
-            raise UsageError(f"this process is connected to the Ray cluster {here!r}: ray_address must be 'auto'.")
+            raise WorkerError(f"this process is connected to the Ray cluster {here!r}: ray_address must be 'auto'.")
         yield
         return
     given: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
@@ -290,7 +292,7 @@ def _connected(address: str, workers: int | None) -> Iterator[None]:
         try:
             ray.init(**given)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as err:
-            raise UsageError(f"cannot connect to a Ray cluster ({address}): {_reason(err)} {_HOW_TO_START}") from err
+            raise WorkerError(f"cannot connect to a Ray cluster ({address}): {_reason(err)} {_HOW_TO_START}") from err
         yield
     finally:
         ray.shutdown()
