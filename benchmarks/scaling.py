@@ -381,7 +381,7 @@ def main() -> None:
         report("scaling-writer", "cpu", [writer_rate(options.writer)])
     if options.batched:
         torch.set_num_threads(1)
-        report("scaling-batched", "cpu", list(batched()), "Processor time, one thread; the best of 3 runs each.")
+        report("scaling-batched", "cpu", list(batched(options.n_iter)), "Processor time, one thread; the best of 3.")
 
 
 if __name__ == "__main__":
