@@ -25,6 +25,7 @@ from mendlm.checkpoints.reader import Shard, as_bytes, read_weight
 from mendlm.errors import CheckpointError, MendError, located
 from mendlm.execution.tensor import compress_tensor
 from mendlm.inputs import InputStats
+from mendlm.linalg import OVERSAMPLING
 from mendlm.report.records import TensorRecord
 
 if TYPE_CHECKING:
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
 N_THREADS = 1  # of the CPU, for each tensor
 
 # Largest resident memory of a process that compresses a tensor: Python and torch, and copies of the tensor in its
-# compute dtype. Measured on 1 thread (docs/executors.md): 0.25 GB, and 8 copies without a low-rank part to 15 with the
-# subspace solver; 19 with full SVDs, 25 for robust PCA.
+# compute dtype. Measured on 1 thread (docs/executors.md): 0.25 GB, and 4 to 6 copies with the subspace solver or
+# without a low-rank part; 10 to 13.5 with full SVDs, 21 for robust PCA.
 _PROCESS_BYTES = 300_000_000
-_COPIES = {"exact": 20, "pcp": 26}
-_USUAL_COPIES = 15
+_COPIES = {"none": 7, "tlr": 7, "accelerated-tlr": 7, "pcp": 22}
+_SVD_COPIES = 14
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,9 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 def memory_bytes(tensor: PlannedTensor, recipe: Recipe) -> int:
     """What a process needs to compress a tensor on the CPU, itself included; an upper bound."""
     d_out, d_in = tensor.shape
-    copies = _COPIES.get(str(recipe.solver), _COPIES.get(str(recipe.refiner), _USUAL_COPIES))
+    copies = _COPIES.get(str(recipe.refiner), _SVD_COPIES)
+    if recipe.solver == "exact" or tensor.rank + OVERSAMPLING >= min(d_out, d_in):
+        copies = max(copies, _SVD_COPIES)
     return _PROCESS_BYTES + copies * d_out * d_in * (8 if tensor.dtype == "float64" else 4)
 
 
