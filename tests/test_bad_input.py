@@ -152,7 +152,7 @@ def test_pattern_that_does_not_divide(model: Path, tmp_path: Path) -> None:
         ({"device": "cuda:99"}, r"device 'cuda:99' is not available: torch .* finds \d+ CUDA devices"),
         ({"device": "tpu"}, r"unknown device 'tpu'\. Use 'cpu', 'cuda'"),
         ({"device": "meta"}, r"device 'meta' is not supported"),
-        ({"executor": "ray"}, r"unknown executor 'ray'\. Available: local"),
+        ({"executor": "slurm"}, r"unknown executor 'slurm'\. Available: local, ray"),
         ({"overwrite": True, "resume": True}, r"pass one of them"),
     ],
 )
