@@ -94,6 +94,57 @@ def test_resume_sends_the_rest(
     assert files(result.out) == files(tmp_path / "out")
 
 
+def break_off(bucket: str, model: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, **how: bool) -> None:
+    """A run into the bucket's `out` whose sending ends after one file."""
+    fs = upath.UPath(bucket).fs
+    put, n_sent = fs.put_file, 0
+
+    def failing(source: str, target: str) -> None:
+        nonlocal n_sent
+        n_sent += 1
+        if n_sent > 1:
+            raise TimeoutError("the store does not answer")
+        put(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, "put_file", failing)
+        with pytest.raises(StorageError, match="does not answer"):
+            mendlm.compress(model, f"{bucket}/out", recipe, **how)
+
+
+@pytest.mark.parametrize("overwritten", [False, True])
+def test_overwrite_after_a_broken_upload_sends_all_of_the_new_run(
+    bucket: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwritten: bool
+) -> None:
+    break_off(bucket, tiny_llama, RECIPE, monkeypatch)
+    other = Recipe(rank=2, n_iter=3)  # files of the same names and sizes
+    if overwritten:
+        break_off(bucket, tiny_llama, other, monkeypatch, overwrite=True)
+        result = mendlm.compress(tiny_llama, f"{bucket}/out", other, resume=True)
+    else:
+        result = mendlm.compress(tiny_llama, f"{bucket}/out", other, overwrite=True)
+    mendlm.compress(tiny_llama, tmp_path / "out", other)
+    assert files(result.out) == files(tmp_path / "out")
+    assert list((tmp_path / "staging").iterdir()) == []
+
+
+def test_resume_does_not_remove_what_others_put_there(
+    bucket: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(event: object) -> None:
+        if isinstance(event, mendlm.pipeline.TensorDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mendlm.compress(tiny_llama, f"{bucket}/out", RECIPE, on_event=interrupt)
+    place = upath.UPath(f"{bucket}/out")
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "theirs").write_bytes(b"x")
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        mendlm.compress(tiny_llama, f"{bucket}/out", RECIPE, resume=True)
+    assert (place / "theirs").read_bytes() == b"x"
+
+
 def test_overwrite_first_removes_what_says_complete(bucket: str, tiny_llama: Path) -> None:
     mendlm.compress(tiny_llama, f"{bucket}/out", RECIPE)
     folder = remote.RemoteFolder(f"{bucket}/out")

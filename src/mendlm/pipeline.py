@@ -161,10 +161,23 @@ def compress(
     started = time.monotonic()
     recipe = _recipe_or_default(recipe)
     if is_url(out):
-        here = partial(compress, model, recipe=recipe, device=device, executor=executor, workers=workers)
-        here = partial(here, ray_address=ray_address)
-        here = partial(here, overwrite=overwrite, resume=resume, activation_dir=activation_dir, on_event=on_event)
-        there = partial(_finished, checkpoint=open_model(model), recipe=recipe, started=started)
+        here = partial(
+            compress,
+            model,
+            recipe=recipe,
+            device=device,
+            executor=executor,
+            workers=workers,
+            ray_address=ray_address,
+            overwrite=overwrite,
+            resume=resume,
+            activation_dir=activation_dir,
+            on_event=on_event,
+        )
+
+        def there(place: Path) -> CompressionResult:
+            return _finished(place, open_model(model), recipe, started)
+
         result, place = deliver(str(out), here, there, overwrite=overwrite, resume=resume)
         return replace(result, out=place, seconds=time.monotonic() - started)
     spread = _executor(executor, workers=workers, ray_address=ray_address)

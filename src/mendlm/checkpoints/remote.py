@@ -14,10 +14,11 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from mendlm.checkpoints.staging import has_partial, is_filled
+from mendlm.checkpoints.writer import storage_errors
 from mendlm.errors import CheckpointError, MissingDependencyError, StorageError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,8 @@ class RemoteFolder:
             if fs.isfile(self.path.path):
                 raise UsageError(f"OUT {self.url!r} is a file. Give the name of a folder.")
             entries = fs.ls(self.path.path, detail=True)
-        return {_base(entry["name"]): int(entry["size"] or 0) for entry in entries if entry["type"] == "file"}
+        files = (entry for entry in entries if entry["type"] == "file")
+        return {PurePosixPath(entry["name"]).name: int(entry["size"] or 0) for entry in files}
 
     def clear(self) -> None:
         """Remove the files in it, ``mendlm.json`` first: from then on it is known to be unfinished."""
@@ -170,7 +172,7 @@ def deliver(
     StorageError : as `RemoteFolder.send`; what was made stays on this machine, and `resume` sends the rest.
     """
     remote, target = RemoteFolder(url), staging_target(url)
-    sent = target.with_name(f"{target.name}.sent")
+    sent, replaces = (target.with_name(f"{target.name}.{what}") for what in ("sent", "replaces"))
     there, begun = remote.sizes(), is_filled(target) or has_partial(target)
     if resume and not begun and _LAST[-1] in there:
         return finished(remote.path), remote.path
@@ -179,19 +181,21 @@ def deliver(
             f"a previous run into {remote.url!r} stopped half-way (its work is in {str(target.parent)!r}). "
             "Pass --resume to continue it, or --overwrite to start anew."
         )
-    if there and not overwrite and not begun:
+    if there and not overwrite and not (begun and (sent.exists() or replaces.exists())):
         raise UsageError(f"OUT {remote.url!r} exists and is not empty. Pass --overwrite, or choose another folder.")
+    if overwrite:  # what was sent before is of another run
+        sent.unlink(missing_ok=True)
+        with storage_errors(replaces):
+            replaces.parent.mkdir(parents=True, exist_ok=True)
+            replaces.touch()
     made = make(target)
     if there and not sent.exists():
         remote.clear()
     remote.send(target, sent)
     shutil.rmtree(target, ignore_errors=True)
-    sent.unlink()
+    for mark in (sent, replaces):
+        mark.unlink(missing_ok=True)
     return made, remote.path
-
-
-def _base(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2]
 
 
 def _order(name: str) -> int:
