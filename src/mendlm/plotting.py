@@ -115,19 +115,28 @@ def heat_map(cells: Sequence[Mapping[str, Any]], title: str, *, number: str = ".
     )
 
 
-def by_layer(cells: Sequence[Mapping[str, Any]], title: str) -> Spec:
-    """One line a projection against the layer; `cells` as for `heat_map`."""
+def lines_by(values: Sequence[Mapping[str, Any]], x: str, series: str, title: str, *, legend: str = "top") -> Spec:
+    """One line with points for each series, from zero, against whole numbers.
+
+    Parameters
+    ----------
+    values : rows with `value` and the fields that `x` and `series` name; series in the order of the legend.
+    x : what counts, e.g. "layer".
+    series : what the lines are told apart by, e.g. "projection".
+    title : of the values.
+    legend : where it stands.
+    """
     alt = _altair()
-    columns = list(dict.fromkeys(cell["projection"] for cell in cells))
+    names = list(dict.fromkeys(value[series] for value in values))
     return _with(
-        cells,
+        values,
         _chart()
         .mark_line(point=True)
         .encode(
-            x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d", grid=False)),
+            x=_counted(x),
             y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=True), axis=alt.Axis(format="~g")),
-            **_series("projection", columns, "shape", orient="bottom"),
-            tooltip=["projection:N", "layer:Q", alt.Tooltip("value:Q", title=title, format=".4~g")],
+            **_series(series, names, "shape", orient=legend),
+            tooltip=[f"{series}:N", f"{x}:Q", alt.Tooltip("value:Q", title=title, format=".4~g")],
         )
         .properties(width=_WIDTH, height=_HEIGHT),
     )
@@ -173,7 +182,7 @@ def convergence(values: Sequence[Mapping[str, Any]]) -> Spec:
         _chart()
         .mark_line()
         .encode(
-            x=alt.X("iteration:Q", title="iteration", axis=alt.Axis(tickMinStep=1, format="d", grid=False)),
+            x=_counted("iteration"),
             y=y,
             **_series("norm", norms, "strokeDash"),
             tooltip=["norm:N", "iteration:Q", alt.Tooltip("value:Q", format=".5~g")],
@@ -231,23 +240,6 @@ def pareto(points: Sequence[Mapping[str, Any]], title: str, *, log: bool = False
     if len(points) <= 12:
         layers.append(base.mark_text(dy=-11, limit=160).encode(text="label:N"))
     return _with(points, alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT + 20))
-
-
-def before_after(values: Sequence[Mapping[str, Any]], title: str) -> Spec:
-    """Two values a block; `values` are rows with `block`, `when` ("before" or "after") and `value`."""
-    alt = _altair()
-    return _with(
-        values,
-        _chart()
-        .mark_line(point=True)
-        .encode(
-            x=alt.X("block:Q", title="block", axis=alt.Axis(tickMinStep=1, format="d", grid=False)),
-            y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=True), axis=alt.Axis(format="~g")),
-            **_series("when", ["before", "after"], "shape"),
-            tooltip=["when:N", "block:Q", alt.Tooltip("value:Q", title=title, format=".4~g")],
-        )
-        .properties(width=_WIDTH, height=_HEIGHT),
-    )
 
 
 def check_plot(path: Path) -> None:
@@ -382,6 +374,12 @@ def _series(field: str, names: Sequence[str], second: str, orient: str = "top") 
     options = {"title": None, "scale": alt.Scale(domain=list(names)), "legend": legend}
     kinds = {"shape": alt.Shape, "strokeDash": alt.StrokeDash}
     return {"color": alt.Color(f"{field}:N", **options), second: kinds[second](f"{field}:N", **options)}
+
+
+def _counted(field: str) -> Any:
+    """An axis of whole numbers."""
+    alt = _altair()
+    return alt.X(f"{field}:Q", title=field, axis=alt.Axis(tickMinStep=1, format="d", grid=False))
 
 
 def _log_axis() -> Any:

@@ -80,7 +80,7 @@ def error_by_layer(run: Run) -> Figure | None:
         f"Relative error of every projection against the layer. The mean of a layer is largest in layer {worst} "
         f"({means[worst]:.3g}) and {means[min(means)]:.3g} in the first, {means[max(means)]:.3g} in the last."
     )
-    spec = plotting.by_layer(cells, "relative error")
+    spec = plotting.lines_by(cells, "layer", "projection", "relative error", legend="bottom")
     return Figure("error-by-layer", "relative error by layer", words, spec)
 
 
@@ -109,7 +109,7 @@ def matching(run: Run) -> Figure | None:
         f"Loss of each block on the windows held out, before and after matching: {improved} of {len(blocks)} blocks "
         f"improved; the last went from {blocks[-1].loss_before:.3g} to {blocks[-1].loss_after:.3g}."
     )
-    spec = plotting.before_after(rows, "relative squared error")
+    spec = plotting.lines_by(rows, "block", "when", "relative squared error")
     return Figure("matching", "matching of the blocks", words, spec)
 
 
