@@ -20,7 +20,7 @@ from mendlm.checkpoints.writer import storage_errors, write_file
 from mendlm.config import Recipe
 from mendlm.devices import resolve_device
 from mendlm.errors import CheckpointError, MendError, UsageError
-from mendlm.evaluation.text import join_rows, load_dataset_rows, read_text
+from mendlm.evaluation.text import dataset_source, text_source
 from mendlm.names import lookup
 from mendlm.pipeline import open_model, stat_inputs
 from mendlm.planning import make_plan
@@ -263,7 +263,8 @@ class _Setup:
         evaluation: Evaluation,
         device: str,
     ) -> None:
-        self.device = str(resolve_device(device))
+        where = resolve_device(device)
+        self.device = str(where)
         self._hashes: dict[Path, str] = {}
         checkpoint = open_model(model)
         self.model = checkpoint.folder
@@ -274,15 +275,9 @@ class _Setup:
 
         grid = read_grid(source, check)
         self.evaluation = _resolved(evaluation, grid.settings)
-        rows = (
-            read_text(self.evaluation.text)
-            if self.evaluation.text is not None
-            else load_dataset_rows(str(self.evaluation.dataset))
-        )
-        name = f"dataset {self.evaluation.dataset}" if self.evaluation.text is None else Path(self.evaluation.text).name
-        self.facts = {
-            "text": name,
-            "text_sha256": hashlib.sha256(join_rows(rows).encode()).hexdigest(),
+        text, dataset = self.evaluation.text, self.evaluation.dataset
+        about = (dataset_source(dataset) if dataset is not None else text_source(text)).protocol()
+        self.facts = {name: about[name] for name in ("text", "text_sha256")} | {
             "n_windows": self.evaluation.n_windows,
             "seqlen": self.evaluation.seqlen,
         }
@@ -294,7 +289,7 @@ class _Setup:
             "format": FORMAT,
             "inputs": self.inputs,
             "evaluation": self.facts,
-            "device": resolve_device(device).type,
+            "device": where.type,
             "stats": stats,
         }
         if old is not None:
