@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import ClassVar
@@ -10,8 +12,12 @@ from typing import ClassVar
 import torch
 
 from mendlm.checkpoints.plan import PlannedTensor
-from mendlm.errors import UsageError
+from mendlm.errors import UsageError, WorkerError, located
 from mendlm.execution.tasks import Compressed, Job
+
+logger = logging.getLogger(__name__)
+
+N_TRIES = 3  # of a tensor whose worker dies or hangs
 
 Started = Callable[[PlannedTensor], None]  # called when a tensor is handed to a worker
 
@@ -67,6 +73,27 @@ class AbstractExecutor(ABC):
         ------
         UsageError : settings that do not fit the job or the machines.
         """
+
+
+class Tries:
+    """How often the work on each tensor failed through no fault of the tensor's."""
+
+    def __init__(self) -> None:
+        self._failures = Counter[str]()
+
+    def failed(self, tensor: PlannedTensor, how: str, advice: str = "") -> None:
+        """Note that a try failed, `how` as a sentence; another may follow.
+
+        Raises
+        ------
+        WorkerError : it was the last; with `advice`, a sentence.
+        """
+        self._failures[tensor.name] += 1
+        n = self._failures[tensor.name]
+        logger.warning("%s: try %d of %d failed: %s", tensor.name, n, N_TRIES, how)
+        if n == N_TRIES:
+            said = [how, f"That was try {n} of {N_TRIES}.", advice, "Run again with --resume."]
+            raise located(WorkerError(" ".join(filter(None, said))), f"{tensor.name} in {tensor.shard}")
 
 
 def check_settings(workers: int | None, task_timeout: float | None) -> None:

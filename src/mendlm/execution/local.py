@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -28,14 +28,13 @@ from mendlm._memory import available_memory_bytes
 from mendlm._processes import ended
 from mendlm.checkpoints.plan import PlannedTensor
 from mendlm.devices import resolve_devices
-from mendlm.errors import UsageError, WorkerError, located
-from mendlm.execution._base import AbstractExecutor, Pool, Started, check_settings
+from mendlm.errors import UsageError
+from mendlm.execution._base import AbstractExecutor, Pool, Started, Tries, check_settings
 from mendlm.execution._worker import END
 from mendlm.execution.tasks import Answer, Compressed, Job, compress_weight, compressed, memory_bytes, one_thread
 
 logger = logging.getLogger(__name__)
 
-N_TRIES = 3  # of a tensor whose worker dies or hangs
 SMALL_ENTRIES = 2**23  # with fewer entries in all, this process is done before others have started
 
 _PROGRAM = """
@@ -200,7 +199,7 @@ class _Processes(Pool):
 
     def compress(self, tensors: Sequence[PlannedTensor], started: Started) -> Iterator[Compressed]:
         """Compress tensors on all workers; errors as `Pool.compress`."""
-        queue, told, failures = deque(tensors), set[str](), Counter[str]()
+        queue, told, tries = deque(tensors), set[str](), Tries()
 
         def feed(worker: _Worker) -> None:
             if not queue:
@@ -222,7 +221,7 @@ class _Processes(Pool):
                         raise TimeoutError
                     said = worker.take()
                 except (EOFError, ConnectionError, TimeoutError):
-                    queue.appendleft(self._replace(worker, failures))
+                    queue.appendleft(self._replace(worker, tries))
                     continue
                 feed(worker)  # before its result is written, so that it does not wait for the disk
                 yield compressed(said, tensor, f"process {worker.slot}")
@@ -244,7 +243,7 @@ class _Processes(Pool):
             if found:
                 return [busy[pipe] for pipe in found if isinstance(pipe, Connection)]
 
-    def _replace(self, worker: _Worker, failures: Counter[str]) -> PlannedTensor:
+    def _replace(self, worker: _Worker, tries: Tries) -> PlannedTensor:
         """Put a new worker in the place of one that died or hung; the tensor that it was at.
 
         Raises
@@ -258,14 +257,7 @@ class _Processes(Pool):
         if worker.timed_out:
             how = f"it took longer than the task timeout of {self._timeout:g} s."
         self._workers.remove(worker)
-        failures[tensor.name] += 1
-        n = failures[tensor.name]
-        logger.warning("%s: try %d of %d failed: %s", tensor.name, n, N_TRIES, how)
-        if n == N_TRIES:
-            raise located(
-                WorkerError(f"{how} That was try {n} of {N_TRIES}. {_advice(how)} Run again with --resume."),
-                f"{tensor.name} in {tensor.shard}",
-            )
+        tries.failed(tensor, how, _advice(how))
         self._start(worker.slot)
         return tensor
 

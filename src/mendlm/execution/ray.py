@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -26,8 +26,7 @@ import torch
 import mendlm
 from mendlm.checkpoints.plan import PlannedTensor
 from mendlm.errors import MissingDependencyError, UsageError, WorkerError, located
-from mendlm.execution._base import AbstractExecutor, Pool, Started, check_settings
-from mendlm.execution.local import N_TRIES
+from mendlm.execution._base import AbstractExecutor, Pool, Started, Tries, check_settings
 from mendlm.execution.tasks import Answer, Compressed, Job, answer, compressed, memory_bytes
 
 logger = logging.getLogger(__name__)
@@ -119,7 +118,7 @@ class _Tasks(Pool):
 
     def compress(self, tensors: Sequence[PlannedTensor], started: Started) -> Iterator[Compressed]:
         """Compress tensors on the cluster; errors as `Pool.compress`, and `WorkerError` if its machines differ."""
-        queue, failures = deque(tensors), Counter[str]()
+        queue, tries = deque(tensors), Tries()
         n_begun = 0
         while queue or self._in_flight:
             while queue and len(self._in_flight) < self._limit():
@@ -132,7 +131,7 @@ class _Tasks(Pool):
                 self._make_fit()
                 continue
             tensor, _ = self._in_flight.pop(ready[0])
-            done = self._take(ready[0], tensor, failures)
+            done = self._take(ready[0], tensor, tries)
             if done is None:
                 self._submit(tensor, again=True)
             else:
@@ -188,7 +187,7 @@ class _Tasks(Pool):
                 del self._in_flight[reference]
                 self._submit(tensor, again=True)
 
-    def _take(self, reference: Any, tensor: PlannedTensor, failures: Counter[str]) -> Compressed | None:
+    def _take(self, reference: Any, tensor: PlannedTensor, tries: Tries) -> Compressed | None:
         """What came of a task; None if it is to be tried again.
 
         Raises
@@ -197,25 +196,21 @@ class _Tasks(Pool):
         MendError : what is wrong with the tensor.
         """
         errors = self._ray.exceptions
-        where = f"{tensor.name} in {tensor.shard}"
         try:
             host, pid, said = self._ray.get(reference)
         except errors.RayTaskError as err:  # not of the work, whose errors are answers
             advice = "Every machine of the cluster needs the same mendlm and torch."
             raise located(
-                WorkerError(f"a machine of the cluster cannot work: {_reason(err.cause or err)} {advice}"), where
+                WorkerError(f"a machine of the cluster cannot work: {_reason(err.cause or err)} {advice}"),
+                f"{tensor.name} in {tensor.shard}",
             ) from err
         except errors.RayError as err:
             how = _reason(err)
             if self._timeout is not None:
                 how += f" Or it took longer than the task timeout of {self._timeout:g} s."
-            failures[tensor.name] += 1
-            n = failures[tensor.name]
-            logger.warning("%s: try %d of %d failed: %s", tensor.name, n, N_TRIES, how)
-            if n < N_TRIES:
-                self._looked = -float("inf")  # a machine may be gone
-                return None
-            raise located(WorkerError(f"{how} That was try {n} of {N_TRIES}. Run again with --resume."), where) from err
+            tries.failed(tensor, how)
+            self._looked = -float("inf")  # a machine may be gone
+            return None
         parts = [memoryview(bytearray(part)) for part in said.parts]  # a copy, so that Ray's memory is free again
         said = replace(said, parts=parts)
         if host != platform.node():  # the peak is of this machine
