@@ -53,10 +53,9 @@ class AcceleratedTLR(AbstractRefiner):
 
     Notes
     -----
-    Cost of a step: that of a `TLR` step at full rank plus one pass for the extrapolation; three copies of W
-    beside it. The
-    objective is the error of the weights, not of the model: on SmolLM2 with magnitude masks plain TLR, whose growing
-    rank acts as a regularizer, can give the better perplexity at the worse objective.
+    Cost of a step: that of a `TLR` step at full rank plus one pass for the extrapolation; three copies of W beside it.
+    The objective is the error of the weights, not of the model: on SmolLM2 with magnitude masks plain TLR, whose
+    growing rank acts as a regularizer, can give the better perplexity at the worse objective.
 
     In the Gram metric the steps are those of TLR there, which have a momentum of their own, at rank k from the first:
     the objective never rises, and 20 steps reach that of TLR after 50.
