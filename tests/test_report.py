@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import mendlm
 from mendlm import NM, Recipe, Unstructured
 from mendlm.cli import main
-from mendlm.errors import CheckpointError, UsageError
+from mendlm.errors import CheckpointError, NonFiniteError, UsageError
 from mendlm.report import ReportResult
 from mendlm.report._figures import Point, pareto
 from mendlm.report._report import report
@@ -391,6 +391,18 @@ def test_damaged_folders(fifty: Path, tmp_path: Path) -> None:
     (broken / "mendlm.run.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"mendlm\.run\.json' is not valid JSON"):
         report(broken, tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize("compared", [False, True])
+def test_damaged_values(compared: bool, fifty: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(fifty, broken)
+    stored = load_file(broken / "model.safetensors")
+    stored[f"{QUERY}_values"][3] = torch.nan
+    save_file(stored, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match=re.escape(f"'{QUERY}' holds NaN or infinity")):
+        report(broken, tmp_path / "r.html", original=tiny_llama if compared else None, tensors=[QUERY])
     assert not (tmp_path / "r.html").exists()
 
 

@@ -109,7 +109,7 @@ def tensor_spectrum(path: str | Path, name: str) -> Spectrum:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"unknown tensor {name!r}.{hint} 'mendlm inspect {path}' lists them all.")
     if full in folder.packed:
-        return _packed_spectrum(full, folder.packed[full])
+        return packed_spectrum(full, folder.packed[full])
     return _dense_spectrum(full, folder.copied[full])
 
 
@@ -127,13 +127,14 @@ def _dense_spectrum(name: str, part: Part) -> Spectrum:
         n_kept=n_kept,
         sparsity=sparsity_of(n_kept, *W.shape),
         rank=None,
-        sigma=_svdvals(name, W),
+        sigma=singular_values(name, W),
         sigma_sparse=None,
         sigma_low_rank=None,
     )
 
 
-def _packed_spectrum(name: str, packed: Packed) -> Spectrum:
+def packed_spectrum(name: str, packed: Packed) -> Spectrum:
+    """The spectrum of one weight of an open folder; cost and errors as `tensor_spectrum`."""
     values, A, B = (_read_floating(name, part) for part in (packed.values, packed.A, packed.B))
     try:
         S = unpack(values, packed.bitmask.read(), packed.shape[1])
@@ -148,9 +149,9 @@ def _packed_spectrum(name: str, packed: Packed) -> Spectrum:
         n_kept=packed.n_kept,
         sparsity=sparsity_of(packed.n_kept, *packed.shape),
         rank=packed.rank,
-        sigma=_svdvals(name, S + B @ A),
-        sigma_sparse=_svdvals(name, S),
-        sigma_low_rank=_svdvals(name, _core(B, A)),
+        sigma=singular_values(name, S + B @ A),
+        sigma_sparse=singular_values(name, S),
+        sigma_low_rank=singular_values(name, _core(B, A)),
     )
 
 
@@ -162,8 +163,13 @@ def _core(B: Tensor, A: Tensor) -> Tensor:
     return small
 
 
-def _svdvals(name: str, M: Tensor) -> Tensor:
-    """Singular values of `M` in its compute dtype; those of an empty matrix are none."""
+def singular_values(name: str, M: Tensor) -> Tensor:
+    """Singular values of `M` in its compute dtype; those of an empty matrix are none.
+
+    Raises
+    ------
+    NonFiniteError : `M`, which is of the weight `name`, is not finite.
+    """
     M = M.to(compute_dtype(M.dtype))
     if not M.numel():
         return M.new_zeros(0)

@@ -17,12 +17,13 @@ from mendlm.checkpoints.reader import Shard, open_checkpoint, read_weight
 from mendlm.config import Recipe
 from mendlm.errors import CheckpointError, MendError, UsageError, located
 from mendlm.execution.tensor import tensor_generator
-from mendlm.inspection import energy_frac, tensor_spectrum
+from mendlm.inspection import energy_frac, packed_spectrum, singular_values
 from mendlm.linalg import LeadingTriplets, compute_dtype, make_solver
 from mendlm.metrics import ratio
 from mendlm.names import lookup
 from mendlm.packing import unpack, unpack_mask
 from mendlm.planning import make_plan
+from mendlm.plotting import rounded
 from mendlm.refiners import TLR, AbstractRefiner, Problem, Progress, refine
 from mendlm.report._runs import Run, place_of
 from mendlm.report.records import TensorRecord
@@ -172,7 +173,7 @@ class Details:
         planned = self._planned.get(record.name)
         try:
             if self._original is None or planned is None:
-                spectra, energy = self._stored(record)
+                spectra, energy = self._stored(record, packed)
                 note = "" if self._original is None else f" {self._problem}"
                 return TensorDetail(record, spectra, energy, False, [], f"Not known without the original.{note}", tile)
             W = self._original.weight(planned)
@@ -182,8 +183,10 @@ class Details:
         except MendError as err:
             raise located(err, f"{record.name} of {self._run.folder}") from err
 
-    def _stored(self, record: TensorRecord) -> tuple[dict[str, list[tuple[int, float]]], dict[str, float]]:
-        found = tensor_spectrum(self._run.folder, record.name)
+    def _stored(
+        self, record: TensorRecord, packed: Packed
+    ) -> tuple[dict[str, list[tuple[int, float]]], dict[str, float]]:
+        found = packed_spectrum(record.name, packed)
         parts = {"S + B @ A, what is stored": found.sigma}
         for name, sigma in (("S", found.sigma_sparse), ("B @ A", found.sigma_low_rank)):
             if sigma is not None:
@@ -200,7 +203,7 @@ class Details:
         self._check_error(record, dense - S - packed.B.read().to(compute) @ packed.A.read().to(compute), dense)
         mask = unpack_mask(bitmask, packed.shape[1])
         matrices = {PRUNED: dense * ~mask, REFINED: dense - S}
-        parts = {name: torch.linalg.svdvals(M) for name, M in matrices.items()}
+        parts = {name: singular_values(record.name, M) for name, M in matrices.items()}
         return _thinned(parts), _energies(parts, record.rank)
 
     def _check_error(self, record: TensorRecord, error: Tensor, dense: Tensor) -> None:
@@ -323,4 +326,4 @@ def _points(sigma: Tensor) -> list[tuple[int, float]]:
         indices = range(1, n + 1)
     else:
         indices = sorted({round(n ** (i / (MAX_POINTS - 1))) for i in range(MAX_POINTS)})  # type: ignore[assignment]
-    return [(i, float(f"{float(sigma[i - 1]):.5g}")) for i in indices]
+    return [(i, rounded(float(sigma[i - 1]))) for i in indices]
