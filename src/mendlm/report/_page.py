@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -16,7 +16,6 @@ from typing import Any
 
 import mendlm
 from mendlm import plotting
-from mendlm.budgets import stored_frac
 from mendlm.cli._console import format_bytes, format_float, format_percent, format_seconds, format_shape, safe
 from mendlm.errors import MissingDependencyError
 from mendlm.report import _figures as figures
@@ -35,6 +34,14 @@ class Cell:
 
     text: str
     value: Any = ""
+
+
+BLANK = Cell("–")
+
+
+def _known(value: Any, format_: Callable[[Any], str]) -> Cell:
+    """A cell of a value, if there is one."""
+    return BLANK if value is None else Cell(safe(format_(value)), _exact(value))
 
 
 @dataclass(frozen=True)
@@ -298,10 +305,8 @@ def _row(record: TensorRecord, columns: Sequence[Column]) -> list[Cell]:
         value = getattr(record, column.key)
         if column.key == "shape":
             cells.append(Cell(format_shape(value), value[0] * value[1]))
-        elif value is None:
-            cells.append(Cell("–"))
         else:
-            cells.append(Cell(safe(_FORMATS.get(column.key, str)(value)), _exact(value)))
+            cells.append(_known(value, _FORMATS.get(column.key, str)))
     return cells
 
 
@@ -339,62 +344,58 @@ def _compared(content: Content, pareto: Figure | None) -> dict[str, Any] | None:
 def _run_row(run: Run) -> list[Cell]:
     totals, (low, high) = run.manifest.totals, run.ranks
     first = run.evaluations[0] if run.evaluations else None
-    seconds, peak = run.number("seconds"), run.number("peak_memory_bytes")
+    peak = run.number("peak_memory_bytes")
     return [
         Cell(safe(run.label), run.label),
-        Cell(format_bytes(totals.stored_bytes), totals.stored_bytes),
-        Cell(format_percent(totals.ratio), _exact(totals.ratio)),
-        Cell(format_percent(run.sparsity), _exact(run.sparsity)),
+        _known(totals.stored_bytes, format_bytes),
+        _known(totals.ratio, format_percent),
+        _known(run.sparsity, format_percent),
         Cell(str(low) if low == high else f"{low}–{high}", high),
-        Cell(format_float(run.rel_error), _exact(run.rel_error)),
+        _known(run.rel_error, format_float),
         *_ppl_cells(first),
-        Cell("–") if seconds is None else Cell(format_seconds(seconds), _exact(seconds)),
-        Cell("–") if peak is None else Cell(format_bytes(int(peak)), int(peak)),
+        _known(run.number("seconds"), format_seconds),
+        _known(None if peak is None else int(peak), format_bytes),
     ]
 
 
 def _ppl_cells(evaluation: Evaluation | None) -> list[Cell]:
     if evaluation is None:
-        return [Cell("–"), Cell("")]
+        return [BLANK, Cell("")]
     value = "" if evaluation.ppl is None else _exact(evaluation.ppl)
     return [Cell(_ppl(evaluation.ppl), value), Cell(safe(evaluation.what), evaluation.what)]
 
 
 def _sweep_row(record: SweepRecord) -> list[Cell]:
-    blank = Cell("–")
+    name = Cell(safe(record.name), record.name)
     if record.status != "done":
-        return [
-            Cell(safe(record.name), record.name),
-            *[blank] * 5,
-            Cell("failed"),
-            Cell(safe(record.error or "")),
-            blank,
-            blank,
-        ]
+        return [name, *[BLANK] * 5, Cell("failed"), Cell(safe(record.error or "")), BLANK, BLANK]
     asked = record.evaluation
     what = f"{asked.get('text', '')}, {asked.get('n_windows', '?')} × {asked.get('seqlen', '?')} tokens"
-    bytes_ = record.stored_bytes
-    figures_ = [
-        blank if bytes_ is None else Cell(format_bytes(bytes_), bytes_),
-        blank if record.ratio is None else Cell(format_percent(record.ratio), _exact(record.ratio)),
-        blank,
-        blank,
-        blank if record.mean_rel_error is None else Cell(format_float(record.mean_rel_error), record.mean_rel_error),
-        blank if record.ppl is None else Cell(f"{record.ppl:,.2f}", record.ppl),
+    return [
+        name,
+        _known(record.stored_bytes, format_bytes),
+        _known(record.ratio, format_percent),
+        BLANK,
+        BLANK,
+        _known(record.mean_rel_error, format_float),
+        _known(record.ppl, "{:,.2f}".format),
         Cell(safe(what), what),
-        blank if not record.seconds else Cell(format_seconds(record.seconds), record.seconds),
-        blank
-        if record.peak_memory_bytes is None
-        else Cell(format_bytes(record.peak_memory_bytes), record.peak_memory_bytes),
+        _known(record.seconds or None, format_seconds),
+        _known(record.peak_memory_bytes, format_bytes),
     ]
-    return [Cell(safe(record.name), record.name), *figures_]
 
 
 def _other_row(evaluation: Evaluation, dense_bytes: int | None) -> list[Cell]:
-    name, blank = Path(evaluation.model).name, Cell("–")
-    stored = blank if dense_bytes is None else Cell(format_bytes(dense_bytes), dense_bytes)
-    ratio = blank if dense_bytes is None else Cell(format_percent(stored_frac(1, 1)), 1)
-    return [Cell(safe(name), name), stored, ratio, *[blank] * 3, *_ppl_cells(evaluation), blank, blank]
+    name = Path(evaluation.model).name
+    return [
+        Cell(safe(name), name),
+        _known(dense_bytes, format_bytes),
+        _known(None if dense_bytes is None else 1, format_percent),
+        *[BLANK] * 3,
+        *_ppl_cells(evaluation),
+        BLANK,
+        BLANK,
+    ]
 
 
 def _yaml(recipe: Mapping[str, Any]) -> str:
