@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mendlm.checkpoints.finish import hash_files
 from mendlm.errors import CheckpointError, StorageError, UsageError
 
 
@@ -88,9 +89,9 @@ class AnswerStore:
 
 def _hashes(folder: str) -> dict[str, str]:
     """SHA-256 of every file of a model but for notes and what mendlm writes about a run."""
-    hashes = {}
-    for path in sorted(Path(folder).iterdir()):
-        if path.is_file() and not path.name.startswith(("mendlm.", ".")) and path.suffix != ".md":
-            with path.open("rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    names = [
+        path.name
+        for path in sorted(Path(folder).iterdir())
+        if path.is_file() and not path.name.startswith(("mendlm.", ".")) and path.suffix != ".md"
+    ]
+    return {name: entry["sha256"] for name, entry in hash_files(Path(folder), names).items()}
