@@ -9,7 +9,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,24 +78,7 @@ class ModelScores:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "model": self.model,
-            "scores": [
-                {
-                    "task": s.task,
-                    "metric": s.metric,
-                    "filter": s.filter,
-                    "value": s.value,
-                    "stderr": s.stderr,
-                    "higher_is_better": s.higher_is_better,
-                }
-                for s in self.scores
-            ],
-            "n_requests": self.n_requests,
-            "n_computed": self.n_computed,
-            "seconds": self.seconds,
-            "protocol": self.protocol,
-        }
+        return asdict(self) | {"scores": [asdict(score) for score in self.scores]}
 
 
 @dataclass(frozen=True)
@@ -117,12 +100,7 @@ class TaskReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "models": [model.to_dict() for model in self.models],
-            "tasks": self.tasks,
-            "settings": self.settings,
-            "versions": self.versions,
-        }
+        return asdict(self) | {"models": [model.to_dict() for model in self.models]}
 
 
 def evaluate(
