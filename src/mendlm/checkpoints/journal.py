@@ -87,8 +87,9 @@ class Journal:
         fingerprint = _parse_first(path, first)
         if fingerprint is None:
             return None
-        entries = {entry.name: entry for line in lines if (entry := _parse_entry(line)) is not None}
-        if n_damaged := sum(_parse_entry(line) is None for line in lines):
+        parsed = [_parse_entry(line) for line in lines]
+        entries = {entry.name: entry for entry in parsed if entry is not None}
+        if n_damaged := parsed.count(None):
             logger.warning("%d lines of the journal are damaged: those tensors are done again", n_damaged)
         fd = open_new(path, os.O_WRONLY | os.O_APPEND)
         try:
