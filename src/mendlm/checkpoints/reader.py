@@ -83,10 +83,7 @@ def open_checkpoint(folder: Path, *, allow_packed: bool = False) -> Checkpoint:
     if weights == SINGLE_FILE:
         return Checkpoint(folder, config, (open_shard(folder, SINGLE_FILE),), None)
     index = read_json_object(inside(folder, INDEX_FILE))
-    weight_map = check_weight_map(index)
-    shards = tuple(open_shard(folder, name) for name in sorted(set(weight_map.values())))
-    check_index(weight_map, {shard.name: shard.header.by_name.keys() for shard in shards})
-    return Checkpoint(folder, config, shards, index)
+    return Checkpoint(folder, config, _open_listed(folder, index), index)
 
 
 def open_shards(folder: Path) -> tuple[Shard, ...]:
@@ -101,7 +98,12 @@ def open_shards(folder: Path) -> tuple[Shard, ...]:
         return (open_shard(folder, SINGLE_FILE),)
     if not (folder / INDEX_FILE).exists():
         return ()
-    weight_map = check_weight_map(read_json_object(inside(folder, INDEX_FILE)))
+    return _open_listed(folder, read_json_object(inside(folder, INDEX_FILE)))
+
+
+def _open_listed(folder: Path, index: Mapping[str, Any]) -> tuple[Shard, ...]:
+    """The shards that an index names, which must fit it; errors as `open_shards`."""
+    weight_map = check_weight_map(index)
     shards = tuple(open_shard(folder, name) for name in sorted(set(weight_map.values())))
     check_index(weight_map, {shard.name: shard.header.by_name.keys() for shard in shards})
     return shards
