@@ -22,6 +22,7 @@ from mendlm.errors import StorageError, UsageError
 
 logger = logging.getLogger(__name__)
 
+_NO_FSYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}  # some network file systems cannot sync a folder
 _REPLACES = "replaces"  # key of the fingerprint: this run was told to replace a folder that was there
 
 
@@ -319,11 +320,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(fd)
     except OSError as err:
-        if err.errno not in (
-            errno.EINVAL,
-            errno.EOPNOTSUPP,
-            errno.EBADF,
-        ):  # some network file systems have no such call
+        if err.errno not in _NO_FSYNC:
             raise
     finally:
         os.close(fd)
