@@ -23,7 +23,7 @@ import mendlm
 from conftest import TinyLlama
 from mendlm import NM, TLR, Recipe, Unstructured
 from mendlm.checkpoints.staging import has_partial, partial_folder
-from mendlm.errors import StorageError, UsageError
+from mendlm.errors import NonFiniteError, StorageError, UsageError
 from mendlm.execution.tensor import tensor_generator
 from mendlm.packing import pack_mask, unpack
 from mendlm.pipeline import CompressionResult, Event, TensorDone, TensorStarted, compress, plan
@@ -443,6 +443,22 @@ def test_resume_redoes_what_did_not_reach_the_disk(
     assert done == [record.name for record in redone]
     assert result.resumed == len(records) - len(redone)
     assert bytes_of(out) == bytes_of(reference)
+
+
+def test_an_error_while_resuming_does_not_cost_the_work(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    stopped(tiny_llama, out)
+
+    def failing(*_: object) -> None:
+        raise NonFiniteError("a value is NaN.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mendlm.execution.tasks.compress_tensor", failing)
+        with pytest.raises(NonFiniteError):
+            compress(tiny_llama, out, RECIPE, resume=True)
+    assert resumed(tiny_llama, out)[0].resumed == 5
 
 
 def test_resume_says_what_differs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from mendlm.checkpoints.staging import (
     remove_leftovers,
 )
 from mendlm.checkpoints.writer import copy_file, write_file
-from mendlm.errors import CheckpointError, MendError, StorageError, UsageError, WorkerError
+from mendlm.errors import CheckpointError, MendError, UsageError, WorkerError
 from mendlm.execution import AbstractExecutor, LocalExecutor, make_executor
 from mendlm.execution.blocks import BlockRun
 from mendlm.execution.run import BlockStarted as BlockStarted
@@ -155,8 +155,8 @@ def compress(
     -----
     Memory: for every worker copies of the largest tensor (docs/executors.md); with calibration the embeddings, one
     block, the hidden states of the text and the Gram matrices of one block, whatever the number of blocks. After any of
-    these errors but `WorkerError` nothing is left behind; KeyboardInterrupt and unexpected errors leave the work done
-    so far in a hidden folder beside `out`, for `resume`.
+    these errors but `WorkerError` nothing is left behind but the work of an earlier run; KeyboardInterrupt and
+    unexpected errors leave the work done so far in a hidden folder beside `out`, for `resume`.
     """
     started = time.monotonic()
     recipe = _recipe_or_default(recipe)
@@ -457,15 +457,10 @@ def _run_facts(run: Run, seconds: float) -> dict[str, Any]:
 
 
 def _abandon(run: Run, err: BaseException) -> None:
-    """Keep unfinished work if it can be resumed and someone may want to, remove it otherwise."""
+    """Keep work of an earlier run, and of this one unless what was wrong will be wrong again; remove it otherwise."""
     had_work = bool(run.staging.journal.entries)
-    if isinstance(err, StorageError):
-        keep = had_work
-    elif isinstance(err, WorkerError):
-        keep = had_work or run.n_done > 0
-    else:
-        keep = not isinstance(err, MendError) and (had_work or run.n_done > 0)
-    if keep:
+    may_succeed = isinstance(err, WorkerError) or not isinstance(err, MendError)
+    if had_work or (may_succeed and run.n_done > 0):
         run.staging.release()
     else:
         run.staging.discard()

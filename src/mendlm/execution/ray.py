@@ -83,8 +83,7 @@ class RayExecutor(AbstractExecutor):
 
         Raises
         ------
-        WorkerError : there is none, or none with a GPU for the job. Not `UsageError`, after which a run that is resumed
-            would not keep its work.
+        WorkerError : there is none, or none with a GPU for the job.
         """
         with _connected(self.ray_address, self.workers):
             pool = _Tasks(job, self.workers, self.task_timeout)
