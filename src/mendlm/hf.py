@@ -23,11 +23,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mendlm._filling import Awaited, PackedFiles, any_index, may_match, the_one_device
 from mendlm.checkpoints.header import TensorInfo, read_header
-from mendlm.checkpoints.plan import BITMASK, LAYOUT, METHOD, PARTS, VALUES, VERSION
+from mendlm.checkpoints.plan import BITMASK, LAYOUT, METHOD, PARTS, VALUES, VERSION, packed_shapes
 from mendlm.errors import CheckpointError, MendError, UsageError, located
 from mendlm.experts import SparseLowRankExperts, expert_layout, is_fused_experts
 from mendlm.families import STACKED_LAYOUT, is_transposed, split_expert
-from mendlm.runtime import SparseLowRankLinear, packed_shapes, resolve_runtime
+from mendlm.runtime import SparseLowRankLinear, resolve_runtime
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from mendlm.checkpoints.plan import BITMASK, LORA_A, LORA_B, VALUES
+from mendlm.checkpoints.plan import BITMASK, LORA_A, LORA_B, VALUES, packed_shapes
 from mendlm.decomposition import merge
 from mendlm.errors import CheckpointError, UsageError
 from mendlm.kernels import packed as kernels
@@ -66,11 +66,6 @@ def runtime_on(name: str, layers: Iterable[tuple[str, Tensor, int]], dtype: torc
         if reason is not None:
             raise UsageError(f"{path!r} cannot be semi-structured: {reason}.")
     return "semi-structured"
-
-
-def packed_shapes(d_out: int, d_in: int, n_kept: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a packed layer, by their names in the checkpoint."""
-    return {VALUES: (n_kept,), BITMASK: (d_out, -(-d_in // 8)), LORA_A: (rank, d_in), LORA_B: (d_out, rank)}
 
 
 class SparseLowRankLinear(nn.Module):

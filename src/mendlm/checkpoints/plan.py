@@ -19,6 +19,11 @@ METHOD, VERSION, LAYOUT = "mendlm", 1, "packed"
 PARTS = VALUES, BITMASK, LORA_A, LORA_B = "weight_values", "weight_bitmask", "lora_A", "lora_B"
 
 
+def packed_shapes(d_out: int, d_in: int, n_kept: int, rank: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that a compressed weight is stored as, by their names and in the order of `PARTS`."""
+    return {VALUES: (n_kept,), BITMASK: (d_out, -(-d_in // 8)), LORA_A: (rank, d_in), LORA_B: (d_out, rank)}
+
+
 @dataclass(frozen=True)
 class PlannedTensor:
     """What happens to one tensor.
@@ -80,7 +85,7 @@ class PlannedTensor:
         if self.action == "copy":
             return [(self.name, stored, self.shape)]
         d_out, d_in = self.shape
-        shapes = ((self.n_kept,), (d_out, -(-d_in // 8)), (self.rank, d_in), (d_out, self.rank))
+        shapes = packed_shapes(d_out, d_in, self.n_kept, self.rank).values()
         dtypes = (stored, "U8", stored, stored)
         return list(zip(self.parts(), dtypes, shapes, strict=True))
 
