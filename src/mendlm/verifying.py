@@ -375,13 +375,13 @@ class _Work:
             there = (held.shape, held.n_kept, held.rank, torch_name(held.values.info.dtype), held.values.shard.name)
             if stated != there:
                 self.found("structure", name, f"{MANIFEST_FILE} says {stated}, the headers say {there}")
-            n_bytes = sum(part.info.n_bytes for part in held)
-            if n_bytes != record.stored_bytes:
-                self.found("structure", name, f"it has {n_bytes} bytes, {MANIFEST_FILE} says {record.stored_bytes}")
+            if held.n_bytes != record.stored_bytes:
+                self.found(
+                    "structure", name, f"it has {held.n_bytes} bytes, {MANIFEST_FILE} says {record.stored_bytes}"
+                )
         totals = manifest.totals
         n_tensors = len(packed) + len(copied)
-        n_bytes = sum(p.info.n_bytes for held in packed.values() for p in held)
-        n_bytes += sum(part.info.n_bytes for part in copied.values())
+        n_bytes = sum(held.n_bytes for held in packed.values()) + sum(part.info.n_bytes for part in copied.values())
         if (n_tensors, n_bytes) != (totals.n_tensors, totals.stored_bytes):
             self.found(
                 "structure",
@@ -427,7 +427,7 @@ class _Work:
                 adjusted = recipe.layer_sparsity is not None and isinstance(pattern, Adjustable)
                 if problem := _pattern_problem(unpack_mask(bitmask, packed.shape[1]), pattern, exact=not adjusted):
                     self.found("pattern", name, problem)
-        self.advance(sum(part.info.n_bytes for part in packed), name)
+        self.advance(packed.n_bytes, name)
 
     def check_original(
         self,

@@ -55,6 +55,11 @@ class Packed(NamedTuple):
         """Rank of B @ A."""
         return self.A.info.shape[0]
 
+    @property
+    def n_bytes(self) -> int:
+        """Length of the data of all four."""
+        return sum(part.info.n_bytes for part in self)
+
 
 class Folder(NamedTuple):
     """A checkpoint folder: names of weights, ``….weight`` if compressed, and where they are."""

@@ -132,7 +132,7 @@ def _compressed_row(name: str, packed: Packed, record: TensorRecord | None) -> I
         rel_error=record.rel_error if record else None,
         energy_frac=record.energy_frac if record else None,
         dense_bytes=tensor_bytes(dtype, packed.shape),
-        stored_bytes=sum(part.info.n_bytes for part in packed),
+        stored_bytes=packed.n_bytes,
     )
 
 
