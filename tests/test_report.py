@@ -263,6 +263,9 @@ def test_the_frontier() -> None:
     assert found is not None
     assert {row["label"]: row["best"] for row in found.spec["data"]["values"]} == {"a": True, "b": False, "c": True}
     assert pareto(points[:1]) is None
+    equal = pareto([*points, Point("d", "tlr", 30, 5.0, None)])
+    assert equal is not None
+    assert {row["label"] for row in equal.spec["data"]["values"] if row["best"]} == {"a", "c", "d"}
 
 
 def test_points_of_a_sweep(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from mendlm.report._runs import Run, place_of, short_names
 from mendlm.report._tensors import TensorDetail
 from mendlm.report.records import TensorRecord
 from mendlm.sweeping import SweepRecord
-from mendlm.sweeping.records import DENSE
+from mendlm.sweeping.records import DENSE, unbeaten
 
 MAX_ITERATIONS = 200  # of a trace that are drawn
 
@@ -144,21 +144,27 @@ def pareto(points: Sequence[Point]) -> Figure | None:
         shown = [(point, point.rel_error) for point in points if point.rel_error is not None]
     if len(shown) < 2:
         return None
-    shown.sort(key=lambda pair: (pair[0].stored_bytes, pair[1]))
-    rows, best = [], math.inf
-    for point, value in shown:
-        is_best = value < best
-        best = min(best, value)
-        megabytes = rounded(point.stored_bytes / 1e6)
-        rows.append(
-            {"label": point.label, "group": point.group, "mb": megabytes, "value": rounded(value), "best": is_best}
-        )
+    best = unbeaten(shown, _place)
+    rows = [
+        {
+            "label": point.label,
+            "group": point.group,
+            "mb": rounded(point.stored_bytes / 1e6),
+            "value": rounded(value),
+            "best": (point, value) in best,
+        }
+        for point, value in sorted(shown, key=_place)
+    ]
     values = [value for _, value in shown]
     log = min(values) > 0 and max(values) > 8 * min(values)
     front = [f"{row['label']} ({row['mb']:g} MB, {row['value']:.4g})" for row in rows if row["best"]]
     words = f"{title.capitalize()} against stored megabytes of {len(rows)} models. No other beats: {', '.join(front)}."
     spec = plotting.pareto(rows, title, log=log)
     return Figure("pareto", f"{title} against stored bytes", words, spec)
+
+
+def _place(shown: tuple[Point, float]) -> tuple[int, float]:
+    return shown[0].stored_bytes, shown[1]
 
 
 def _layer(cell: dict[str, Any]) -> int:

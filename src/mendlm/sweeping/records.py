@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from mendlm.budgets import stored_frac
 from mendlm.errors import CheckpointError, UsageError
@@ -16,6 +16,7 @@ from mendlm.errors import CheckpointError, UsageError
 FORMAT = "mendlm-sweep-1"
 SWEEP_FILE = "sweep.jsonl"
 DENSE = "dense"  # name of the point that is the model as it was
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,20 @@ class SweepRecord:
 
 
 def frontier(records: Iterable[SweepRecord]) -> tuple[SweepRecord, ...]:
-    """The records that none beats in both bytes and perplexity, by bytes: of equal ones all.
-
-    A record beats another if it is no worse in both and better in one. Failed ones and infinite perplexities are none.
-    """
+    """The records that none beats in both bytes and perplexity, by bytes; failed and infinite ones are none."""
     done = [r for r in records if r.ppl is not None and math.isfinite(r.ppl) and r.stored_bytes is not None]
-    best: list[SweepRecord] = []
-    for record in sorted(done, key=_point):
-        if not best or _point(record) == _point(best[-1]) or _point(record)[1] < _point(best[-1])[1]:
-            best.append(record)
+    return unbeaten(done, _point)
+
+
+def unbeaten(found: Iterable[T], point_of: Callable[[T], tuple[int, float]]) -> tuple[T, ...]:
+    """What none beats in both coordinates of its point, in their order: of equal points all.
+
+    One beats another if it is no worse in both and better in one; lower is better.
+    """
+    best: list[T] = []
+    for one in sorted(found, key=point_of):
+        if not best or point_of(one) == point_of(best[-1]) or point_of(one)[1] < point_of(best[-1])[1]:
+            best.append(one)
     return tuple(best)
 
 
