@@ -200,7 +200,7 @@ def test_errors_of_the_library_itself_are_reported(monkeypatch: pytest.MonkeyPat
     library = Library({})
     library.exceptions, library.load_dataset = SimpleNamespace(DatasetsError=DatasetsError), load_dataset
     monkeypatch.setitem(sys.modules, "datasets", library)
-    monkeypatch.setattr(text, "_hub_reachable", lambda: True)
+    monkeypatch.setattr(text, "hub_reachable", lambda: True)
     source = DatasetSource(("org/set",), "config", "train", "text")
     message = r"'set' \(org/set, config, train\): DatasetsError: ExpectedMoreSplits.*Use FILE, or run once"
     with pytest.raises(MendError, match=message):
@@ -233,13 +233,13 @@ def test_the_hub_is_probed_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("urllib.request.getproxies", dict)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        assert text._hub_reachable()
+        assert text.hub_reachable()
         monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
-        assert not text._hub_reachable()
+        assert not text.hub_reachable()
         monkeypatch.delenv("TRANSFORMERS_OFFLINE")
-    assert not text._hub_reachable()  # nobody listens there any more
+    assert not text.hub_reachable()  # nobody listens there any more
     monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://127.0.0.1:1"})
-    assert text._hub_reachable()  # only the proxy can tell
+    assert text.hub_reachable()  # only the proxy can tell
 
 
 @pytest.mark.parametrize(("name", "source"), [*DATASETS.items(), *CALIBRATION_DATASETS.items()])

@@ -19,7 +19,7 @@ from mendlm._inference import dtype_of, open_model
 from mendlm.errors import MendError, MissingDependencyError, UsageError
 from mendlm.evaluation._answers import AnswerStore
 from mendlm.evaluation._logits import device_of
-from mendlm.evaluation.text import _hub_reachable, _offline, load_tokenizer
+from mendlm.evaluation.text import hub_reachable, load_tokenizer, quiet_datasets
 from mendlm.loading import is_compressed
 from mendlm.runtime import SparseLowRankLinear, resolve_runtime
 
@@ -290,11 +290,11 @@ def _load_tasks(manager: Any, names: Sequence[str]) -> dict[str, Any]:
     """The harness's tasks and groups of these names with their data, those of a tag one by one."""
     import datasets
 
-    offline = not _hub_reachable()
+    offline = not hub_reachable()
     roots: dict[str, Any] = {}
     for name in names:
         try:
-            with _offline(datasets, offline):
+            with quiet_datasets(datasets, offline):
                 loaded = manager.load([name])
         except Exception as err:  # files and code of others
             reason = f"{type(err).__name__}: {_first_line(err)}"

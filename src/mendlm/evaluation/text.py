@@ -185,7 +185,7 @@ def open_dataset(name: str, source: DatasetSource, *, option: str, instead: str)
         raise MissingDependencyError(
             f"{option} {name} needs the datasets library: pip install 'mendlm[datasets]'. Without it, use {instead}."
         ) from err
-    offline = not _hub_reachable()
+    offline = not hub_reachable()
     failure: Exception | None = None
     where: dict[str, Any] = {"split": source.split}
     if source.file is not None:
@@ -193,7 +193,7 @@ def open_dataset(name: str, source: DatasetSource, *, option: str, instead: str)
     for repo in source.repos:
         args = (repo,) if source.config is None else (repo, source.config)
         try:
-            with _offline(datasets, offline):
+            with quiet_datasets(datasets, offline):
                 rows: Sequence[str] = datasets.load_dataset(*args, **where)[source.field]
             return _with_content(rows, f"data set {name!r}")
         except _dataset_errors(datasets) as err:
@@ -326,7 +326,7 @@ _READERS: dict[str, Callable[[Path, bool], list[str]]] = {
 }
 
 
-def _hub_reachable() -> bool:
+def hub_reachable() -> bool:
     """Whether the hub answers, decided in `PROBE_SECONDS`: its client retries for minutes instead."""
     if any(os.environ.get(v, "").upper() in {"1", "ON", "YES", "TRUE"} for v in _OFFLINE_VARIABLES):
         return False
@@ -345,8 +345,8 @@ _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFF
 
 
 @contextlib.contextmanager
-def _offline(datasets: Any, offline: bool) -> Iterator[None]:
-    """Make `datasets` look in its cache alone for a while, and keep its progress bars quiet."""
+def quiet_datasets(datasets: Any, offline: bool) -> Iterator[None]:
+    """No progress bars from `datasets`, which looks in its cache alone if `offline`; it is put back afterwards."""
     import huggingface_hub.constants as hub
 
     before = (datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE)
