@@ -241,32 +241,40 @@ class _Work:
         return manifest
 
     def open_shards(self) -> tuple[Shard, ...]:
-        """The shards whose headers are sound."""
-        try:
-            sharded = not (self.folder / SINGLE_FILE).exists() and (self.folder / INDEX_FILE).exists()
-            names = {SINGLE_FILE}
-            if sharded:
-                names = set(check_weight_map(read_json_object(inside(self.folder, INDEX_FILE))).values())
-        except MendError as err:
-            self.found("structure", INDEX_FILE, err)
-            names = {path.name for path in self.folder.glob("*.safetensors")}
+        """The shards whose headers are sound; the index must fit them."""
+        names, weight_map = {SINGLE_FILE}, {}
+        if not (self.folder / SINGLE_FILE).exists() and (self.folder / INDEX_FILE).exists():
+            try:
+                weight_map = check_weight_map(read_json_object(inside(self.folder, INDEX_FILE)))
+                names = set(weight_map.values())
+            except MendError as err:
+                self.found("structure", INDEX_FILE, err)
+                names = {path.name for path in self.folder.glob("*.safetensors")}
         shards = []
         for name in sorted(names):
             try:
                 shards.append(open_shard(self.folder, name))
             except MendError as err:
                 self.found("structure", name, err)
+        if weight_map:
+            held = {shard.name: shard.header.by_name.keys() for shard in shards}
+            try:
+                check_index({name: shard for name, shard in weight_map.items() if shard in held}, held)
+            except MendError as err:
+                self.found("structure", INDEX_FILE, err)
         return tuple(shards)
 
     def check_files(self, manifest: Manifest) -> None:
         """Sizes, hashes, and files that do not belong."""
         for name, entry in manifest.outputs.items():
             self._check_file("hash", self.folder, name, entry)
-        known = {*manifest.outputs, MANIFEST_FILE, RUN_FILE}
-        for path in sorted(self.folder.iterdir()):
-            if path.name not in known and is_left_out(path.name):
-                self.found("hash", path.name, f"{MANIFEST_FILE} does not list it, and a loader may take it for its own")
-        extra = sorted(p.name for p in self.folder.iterdir() if p.name not in known and not is_left_out(p.name))
+        others = {path.name for path in self.folder.iterdir()} - {*manifest.outputs, MANIFEST_FILE, RUN_FILE}
+        extra = []
+        for name in sorted(others):
+            if is_left_out(name):
+                self.found("hash", name, f"{MANIFEST_FILE} does not list it, and a loader may take it for its own")
+            else:
+                extra.append(name)
         if extra:
             self.skipped.append(f"{len(extra)} files that are not mendlm's were not looked at, e.g. {extra[0]!r}.")
 
@@ -306,7 +314,6 @@ class _Work:
                     first = parts[info.name].shard.name
                     self.found("structure", info.name, f"it is in {first!r} and in {shard.name!r}")
                 parts[info.name] = Part(shard, info)
-        self._check_index(shards)
         stems = {n.removesuffix(part) for n in parts for part in (VALUES, BITMASK) if n.endswith(f".{part}")}
         packed: dict[str, Packed] = {}
         for stem in sorted(stems):
@@ -324,17 +331,6 @@ class _Work:
         if manifest is not None:
             self._check_records(packed, copied, manifest)
         return packed, copied
-
-    def _check_index(self, shards: Iterable[Shard]) -> None:
-        if (self.folder / SINGLE_FILE).exists() or not (self.folder / INDEX_FILE).exists():
-            return
-        try:
-            index = read_json_object(inside(self.folder, INDEX_FILE))
-            held = {shard.name: shard.header.by_name.keys() for shard in shards}
-            weight_map = {n: shard for n, shard in check_weight_map(index).items() if shard in held}
-            check_index(weight_map, held)
-        except MendError as err:
-            self.found("structure", INDEX_FILE, err)
 
     def _check_config(self, packed: Mapping[str, Packed], parts: Mapping[str, Part]) -> str | None:
         """Compare config.json with the tensors; the name of the guard, None if there is no such tensor."""
