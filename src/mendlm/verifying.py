@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from mendlm.checkpoints.reader import (
     SINGLE_FILE,
     Checkpoint,
     Shard,
+    as_bytes,
     check_index,
     check_weight_map,
     inside,
@@ -572,19 +572,12 @@ def _pattern_problem(mask: Tensor, pattern: Pattern, *, exact: bool) -> str:
 
 
 def _same_values(source: Part, held: Part) -> bool:
-    """Whether a tensor is the original's, converted to its dtype; chunk by chunk."""
+    """Whether a tensor is the original's of the same shape, converted to its dtype; chunk by chunk."""
     before, after = source.info.dtype, held.info.dtype
     if before == after:
-        chunks = zip_longest(read_chunks(*source), read_chunks(*held))
-        return all(a is not None and b is not None and a == b for a, b in chunks)
+        return all(a == b for a, b in zip(read_chunks(*source), read_chunks(*held), strict=True))
     n = _CHUNK_BYTES // 8  # entries
     wide, narrow = FLOATING[before], FLOATING[after]
-    pairs = zip_longest(
-        read_chunks(*source, chunk_bytes=n * wide.itemsize), read_chunks(*held, chunk_bytes=n * narrow.itemsize)
-    )
-    return all(
-        a is not None
-        and b is not None
-        and bytes(b) == bytes(torch.frombuffer(a, dtype=wide).to(narrow).view(torch.uint8).numpy().data)
-        for a, b in pairs
-    )
+    wide_chunks = read_chunks(*source, chunk_bytes=n * wide.itemsize)
+    chunks = zip(wide_chunks, read_chunks(*held, chunk_bytes=n * narrow.itemsize), strict=True)
+    return all(as_bytes(torch.frombuffer(a, dtype=wide).to(narrow)) == b for a, b in chunks)
