@@ -353,6 +353,12 @@ def test_a_recipe_of_another_mendlm(out: Path) -> None:
     assert "patterns and errors were not checked" in result.skipped[0]
 
 
+def test_an_export_that_was_compressed_again_is_no_export(out: Path, tmp_path: Path) -> None:
+    mendlm.export(out, tmp_path / "dense", "dense")
+    compress(tmp_path / "dense", tmp_path / "again", Recipe(refiner="none"))
+    assert verify(tmp_path / "again", tmp_path / "dense").ok
+
+
 def test_what_is_no_compressed_folder(tiny_llama: Path, out: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not compressed by mendlm"):
         verify(tiny_llama)

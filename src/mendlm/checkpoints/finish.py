@@ -19,7 +19,10 @@ _LEFT_OUT_SUFFIXES = (
     *(".h5", ".msgpack", ".npz", ".npy", ".tflite", ".ot", ".index.json", ".py", ".pyc"),
 )
 # transformers would take an adapter's config for the folder's own, and load the model that it names instead.
-_LEFT_OUT = {CONFIG_FILE, INDEX_FILE, SINGLE_FILE, "mendlm.json", "mendlm.run.json", "adapter_config.json"}
+_LEFT_OUT = {
+    *(CONFIG_FILE, INDEX_FILE, SINGLE_FILE, "adapter_config.json"),
+    *("mendlm.json", "mendlm.run.json", "mendlm.export.json"),
+}
 
 
 def is_left_out(name: str) -> bool:
