@@ -46,14 +46,13 @@ from mendlm.linalg import all_finite, compute_dtype
 from mendlm.metrics import ratio
 from mendlm.packing import check_packed, scatter, unpack_mask
 from mendlm.patterns import Adjustable, Pattern, n_kept_total
-from mendlm.report.records import MANIFEST_FILE, RUN_FILE, Manifest, TensorRecord, read_manifest
+from mendlm.report.records import EXPORT_FILE, MANIFEST_FILE, RUN_FILE, Manifest, TensorRecord, read_manifest
 
 if TYPE_CHECKING:
     from mendlm.config import Recipe
 
 Progress = Callable[[int, int, str], None]
 
-EXPORT_FILE = "mendlm.export.json"
 # Of a stated error: another device or number of threads sums in another order, and may round products differently.
 _RTOL = 1e-3
 _ATOL = 1e-6

@@ -28,10 +28,9 @@ from mendlm.families import STACKED_LAYOUT, split_expert
 from mendlm.linalg import all_finite
 from mendlm.names import lookup
 from mendlm.pipeline import stat_inputs
-from mendlm.report.records import MANIFEST_FILE, read_manifest
+from mendlm.report.records import EXPORT_FILE, MANIFEST_FILE, read_manifest
 
 LAYOUTS: dict[str, type[Layout]] = {layout.name: layout for layout in (Dense, Peft, SemiStructured, Factored)}
-EXPORT_FILE = "mendlm.export.json"
 _SLACK_BYTES = 2**20
 
 

@@ -14,6 +14,7 @@ from mendlm.errors import CheckpointError, UsageError
 
 MANIFEST_FILE = "mendlm.json"
 RUN_FILE = "mendlm.run.json"
+EXPORT_FILE = "mendlm.export.json"
 
 
 @dataclass(frozen=True)
