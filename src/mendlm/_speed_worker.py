@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from mendlm._inference import CachedReader, dtype_of, open_model, vocab_size
 from mendlm._memory import peak_memory_bytes
+from mendlm._processes import answer_stream
 from mendlm.devices import cpu_name
 from mendlm.errors import UsageError
 from mendlm.evaluation._logits import device_of, text_config
@@ -26,8 +25,7 @@ SEED = 0  # of the random prompts
 
 def main(job: dict[str, Any]) -> None:
     """Write the numbers of `job` to stdout, or ``{"error": {"type": …, "message": …}}``."""
-    answer_to = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else is printed is no answer
+    answer_to = answer_stream()
     try:
         answer = measure(job)
     except Exception as err:  # noqa: BLE001 - the last frame of the process: the parent says it in a row of its table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -15,21 +16,14 @@ import torch
 
 from mendlm import errors
 from mendlm._inference import inference_dtype
-from mendlm._processes import ended
+from mendlm._processes import ended, line_of, program_of
 from mendlm.devices import resolve_device
 from mendlm.errors import MendError, UsageError
 from mendlm.loading import is_compressed
 from mendlm.names import lookup
 from mendlm.runtime import RUNTIMES
 
-# In the new process: the modules of this one, wherever it found them, and no others from the working directory.
-_PROGRAM = """
-import json, sys
-job = json.load(sys.stdin)
-sys.path[:] = job.pop("sys_path")
-from mendlm._speed_worker import main
-main(job)
-"""
+_PROGRAM = program_of("mendlm._speed_worker")
 
 
 @dataclass(frozen=True)
@@ -214,13 +208,14 @@ def _planned(model: str | Path, runtimes: Sequence[str] | None, dense: str | Pat
 def _measure(job: dict[str, Any]) -> dict[str, Any]:
     """What `_speed_worker.main` says of `job` in a new process; {"error": ...} if it ended without a word."""
     program = [sys.executable, "-P", "-c", _PROGRAM]
-    message = json.dumps(job | {"sys_path": sys.path})
-    done = subprocess.run(program, input=message, capture_output=True, text=True, encoding="utf-8", errors="replace")
-    try:
-        answer: dict[str, Any] = json.loads("" if done.returncode < 0 else done.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        return {"error": {"type": "MendError", "message": ended(done.returncode, done.stderr)}}
-    return answer
+    done = subprocess.run(
+        program, input=line_of(job), capture_output=True, text=True, encoding="utf-8", errors="replace"
+    )
+    if done.returncode >= 0:
+        with contextlib.suppress(ValueError, IndexError):
+            answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+            return answer
+    return {"error": {"type": "MendError", "message": ended(done.returncode, done.stderr)}}
 
 
 def _reason(error: dict[str, str], *, is_baseline: bool) -> str:

@@ -17,6 +17,7 @@ import torch
 
 import mendlm
 from mendlm._memory import peak_memory_bytes, trim
+from mendlm._processes import answer_stream
 from mendlm.checkpoints.staging import has_partial, is_filled
 from mendlm.config import Recipe
 from mendlm.devices import resolve_device
@@ -36,8 +37,7 @@ def main(job: dict[str, Any]) -> None:
 
     Stops, so that the work can go on another time, when stdin ends: its parent has closed it or is no more.
     """
-    answer_to = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else is printed is no answer
+    answer_to = answer_stream()
 
     def say(message: dict[str, Any]) -> None:
         answer_to.write(json.dumps(message) + "\n")

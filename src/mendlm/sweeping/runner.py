@@ -17,17 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mendlm._processes import ended
+from mendlm._processes import ended, line_of, program_of
 from mendlm.checkpoints.staging import partial_folder
 
-# In the new process: the modules of this one, wherever it found them, and no others from the working directory.
-_PROGRAM = """
-import json, sys
-job = json.loads(sys.stdin.readline())
-sys.path[:] = job.pop("sys_path")
-from mendlm.sweeping._worker import main
-main(job)
-"""
+_PROGRAM = program_of("mendlm.sweeping._worker")
 _STOP_SECONDS = 30.0  # that processes have to stop by themselves, after which they are killed
 
 
@@ -145,9 +138,8 @@ class _Process:
             env=dict(environment),
             start_new_session=True,  # Ctrl-C is for the parent, which then stops its jobs in order
         )
-        message = asdict(job) | asdict(job.evaluation) | {"sys_path": sys.path}
         with contextlib.suppress(BrokenPipeError):  # it ended at once: its exit code says why
-            self._stdin.write(json.dumps(message) + "\n")
+            self._stdin.write(line_of(asdict(job) | asdict(job.evaluation)))
             self._stdin.flush()
         threading.Thread(target=self._listen, daemon=True).start()
 
