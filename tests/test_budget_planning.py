@@ -33,6 +33,7 @@ from mendlm.plotting import plot_budget
 from mendlm.recipe_files import load_recipe, recipe_text
 from mendlm.refiners import OATS, TLR, AbstractRefiner, AcceleratedTLR, PruneOnly, ZeroShotSVD
 from strategies import stats_for
+from tiny import tiny_model
 
 HAS_PLOT = all(importlib.util.find_spec(module) is not None for module in ("altair", "vl_convert"))
 HALF = Recipe(pattern={"sparsity": 0.5}, rank=4)
@@ -384,6 +385,15 @@ def test_the_plot(tiny_llama: Path, tmp_path: Path) -> None:
     columns = {tensor.projection.rpartition(".")[2] for tensor in budget.tensors}
     assert words >= columns | {"layer", "rank", "0", "1"}
     assert f"target_bytes 0.7, {budget.plan.totals.ratio:.1%} of the dense bytes" in words
+
+
+def test_projections_of_one_last_word_have_columns_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model("GPT2LMHeadModel", n_embd=64, n_layer=2, n_head=4, n_positions=128).save_pretrained(tmp_path / "gpt2")
+    assert main(["plan", str(tmp_path / "gpt2"), "--target-bytes", "0.7"]) == 0
+    head = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("layer"))
+    assert set(head.split()) == {"layer", "c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"}
 
 
 def test_public_names() -> None:

@@ -7,7 +7,7 @@ experts (``mlp.gate``, ``block_sparse_moe.gate``, ``shared_expert_gate``).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -147,6 +147,23 @@ def split_expert(path: str) -> tuple[str, int, str] | None:
     """("….experts", 5, "up_proj") of the module path "….experts.5.up_proj"; None if it is no expert's projection."""
     found = _EXPERT.fullmatch(path)
     return None if found is None else (found[1], int(found[2]), found[3])
+
+
+def place_of(name: str) -> tuple[int | None, str]:
+    """(layer, projection) of a weight, experts together: "mlp.experts.down_proj"; layer None outside of the blocks."""
+    split = split_block(name)
+    if split is None:
+        return None, name
+    path = split[2].removesuffix(".weight")
+    expert = split_expert(path)
+    return split[1], path if expert is None else f"{expert[0]}.{expert[2]}"
+
+
+def short_names(projections: Iterable[str]) -> dict[str, str]:
+    """Projection -> its last word, as far as that is one projection's alone."""
+    unique = list(dict.fromkeys(projections))
+    last = [name.rpartition(".")[2] for name in unique]
+    return {name: word if last.count(word) == 1 else name for name, word in zip(unique, last, strict=True)}
 
 
 def expert_name(name: str, index: int) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mendlm.errors import MissingDependencyError, StorageError, UsageError
+from mendlm.families import place_of, short_names
 
 if TYPE_CHECKING:
     from mendlm.budget_planning import BudgetPlan, PlannedBudget
@@ -296,18 +297,17 @@ def plot_budget(plan: BudgetPlan, path: Path) -> None:
     sparsities = [tensor.pattern.sparsity for tensor in placed]
     if len(set(sparsities)) > 1:
         panels.append(("sparsity", sparsities))
-    places = [(tensor.layer, column_of(tensor)) for tensor in placed]
-    charts = [
-        heat_map(mean_cells((*place, value) for place, value in zip(places, values, strict=True)), title)
-        for title, values in panels
-    ]
+    layers, columns = [tensor.layer for tensor in placed], columns_of(placed)
+    charts = [heat_map(mean_cells(zip(layers, columns, values, strict=True)), title) for title, values in panels]
     title = f"{plan.target.name} {plan.target.value:g}, {plan.plan.totals.ratio:.1%} of the dense bytes"
     save({"title": title, "hconcat": charts, "resolve": {"scale": {"color": "independent"}}}, path)
 
 
-def column_of(tensor: PlannedBudget) -> str:
-    """The name of a projection without its path: "up_proj", also of every expert."""
-    return tensor.projection.rpartition(".")[2]
+def columns_of(tensors: Sequence[PlannedBudget]) -> list[str]:
+    """The column of each tensor: the name of its projection as short as it can be, experts together."""
+    projections = [place_of(tensor.name)[1] for tensor in tensors]
+    short = short_names(projections)
+    return [short[projection] for projection in projections]
 
 
 def mean_cells(rows: Iterable[tuple[int | None, str, float]]) -> list[dict[str, Any]]:

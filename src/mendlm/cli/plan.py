@@ -256,14 +256,15 @@ def _line(event: CurvesDone) -> str:
 
 
 def _show(result: BudgetPlan, output: Path | None, plot: Path | None) -> None:
-    from mendlm.plotting import column_of
+    from mendlm.plotting import columns_of
 
     placed = [tensor for tensor in result.tensors if tensor.layer is not None]
     several = len({tensor.pattern for tensor in result.tensors}) > 1
-    columns = list(dict.fromkeys(column_of(tensor) for tensor in placed))
+    places = columns_of(placed)
+    columns = list(dict.fromkeys(places))
     cells: dict[tuple[int | None, str], list[PlannedBudget]] = {}
-    for tensor in placed:
-        cells.setdefault((tensor.layer, column_of(tensor)), []).append(tensor)
+    for tensor, column in zip(placed, places, strict=True):
+        cells.setdefault((tensor.layer, column), []).append(tensor)
     if placed:
         what = "sparsity (or n:m) and rank" if several else "rank"
         rows = [

@@ -9,8 +9,9 @@ from itertools import groupby
 from typing import Any
 
 from mendlm import plotting
+from mendlm.families import place_of, short_names
 from mendlm.plotting import mean_cells, rounded
-from mendlm.report._runs import Run, place_of, short_names
+from mendlm.report._runs import Run
 from mendlm.report._tensors import TensorDetail
 from mendlm.report.records import TensorRecord
 from mendlm.sweeping import SweepRecord

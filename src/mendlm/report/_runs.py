@@ -12,7 +12,6 @@ from typing import Any
 
 from mendlm.budgets import stored_frac
 from mendlm.errors import CheckpointError, UsageError
-from mendlm.families import split_block, split_expert
 from mendlm.report.records import RUN_FILE, Manifest, TensorRecord, read_manifest
 
 
@@ -148,23 +147,6 @@ def same_model(evaluation: Evaluation, folder: Path) -> bool:
     if path.exists():
         return path.resolve() == folder.resolve()
     return path.name == folder.absolute().name
-
-
-def place_of(name: str) -> tuple[int | None, str]:
-    """(layer, projection) of a weight, experts together: "mlp.experts.down_proj"; layer None outside of the blocks."""
-    split = split_block(name)
-    if split is None:
-        return None, name
-    path = split[2].removesuffix(".weight")
-    expert = split_expert(path)
-    return split[1], path if expert is None else f"{expert[0]}.{expert[2]}"
-
-
-def short_names(projections: Iterable[str]) -> dict[str, str]:
-    """Projection -> its last word, as far as that is one projection's alone."""
-    unique = list(dict.fromkeys(projections))
-    last = [name.rpartition(".")[2] for name in unique]
-    return {name: word if last.count(word) == 1 else name for name, word in zip(unique, last, strict=True)}
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

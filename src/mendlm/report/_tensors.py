@@ -17,6 +17,7 @@ from mendlm.checkpoints.reader import Shard, open_checkpoint, read_weight
 from mendlm.config import Recipe
 from mendlm.errors import CheckpointError, MendError, UsageError, located
 from mendlm.execution.tensor import tensor_generator
+from mendlm.families import place_of
 from mendlm.inspection import energy_frac, packed_spectrum, singular_values
 from mendlm.linalg import LeadingTriplets, compute_dtype, make_solver
 from mendlm.metrics import ratio
@@ -25,7 +26,7 @@ from mendlm.packing import unpack, unpack_mask
 from mendlm.planning import make_plan
 from mendlm.plotting import rounded
 from mendlm.refiners import TLR, AbstractRefiner, Problem, Progress, refine
-from mendlm.report._runs import Run, place_of
+from mendlm.report._runs import Run
 from mendlm.report.records import TensorRecord
 from mendlm.selection import select
 
