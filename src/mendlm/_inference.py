@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,21 @@ def open_model(
     from mendlm.loading import load
 
     return load(folder, runtime=runtime or "auto", dtype=inference_dtype(dtype, device), device=device)
+
+
+def runtimes_of(folders: Sequence[str | Path], runtime: str | None) -> list[str | None]:
+    """The `runtime` to open each folder with, None for dense ones, which have no choice, beside compressed ones.
+
+    Where nothing is compressed all get it, and loading refuses it.
+
+    Raises
+    ------
+    UsageError, CheckpointError : as `is_compressed`.
+    """
+    from mendlm.loading import is_compressed
+
+    compressed = [is_compressed(folder) for folder in folders]
+    return [runtime if own or not any(compressed) else None for own in compressed]
 
 
 def dtype_of(model: Any) -> str:

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mendlm._inference import inference_dtype, open_model
+from mendlm._inference import inference_dtype, open_model, runtimes_of
 from mendlm.errors import MendError, UsageError, located
 from mendlm.evaluation.comparison import Comparison, PairedDifference, compare, paired_difference
 from mendlm.evaluation.perplexity import DEFAULT_SEQLEN, PerplexityResult, cut, perplexity, with_source
 from mendlm.evaluation.text import Source, dataset_source, load_tokenizer, text_source, tokenize
-from mendlm.loading import is_compressed
 
 
 @dataclass(frozen=True)
@@ -99,14 +98,12 @@ def evaluate_each(
         raise UsageError("no model to evaluate. Give the folder of at least one.")
     inference_dtype(dtype, device)
     folders = [*models, *([] if reference is None else [reference])]
-    compressed = [is_compressed(folder) for folder in folders]
+    runtimes = runtimes_of(folders, runtime)
     sources = _named_apart(texts, datasets)
     many = len(models) * len(sources) > 1
 
     def opened(index: int) -> Any:
-        # Where nothing is compressed, loading refuses the runtime.
-        own = runtime if compressed[index] or not any(compressed) else None
-        return open_model(folders[index], device=device, dtype=dtype, runtime=own)
+        return open_model(folders[index], device=device, dtype=dtype, runtime=runtimes[index])
 
     tokenizers = [load_tokenizer(folder) for folder in folders]
     streams = [[torch.tensor(tokenize(t, source.joined)) for source in sources] for t in tokenizers]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mendlm._inference import dtype_of, open_model
+from mendlm._inference import dtype_of, open_model, runtimes_of
 from mendlm.errors import MendError, MissingDependencyError, UsageError
 from mendlm.evaluation._answers import AnswerStore
 from mendlm.evaluation._logits import device_of
@@ -158,7 +158,7 @@ def evaluate(
     if not folders:
         raise UsageError("no model was given. Give one folder or several.")
     _check_numbers(limit, num_fewshot, batch_size)
-    compressed = {folder: is_compressed(folder) for folder in folders}
+    runtimes = runtimes_of(folders, runtime)
     if runtime is not None:
         resolve_runtime(runtime)
     _require_harness()
@@ -170,8 +170,7 @@ def evaluate(
         roots = _load_tasks(manager, names)
         scores: list[ModelScores] = []
         about: dict[str, dict[str, Any]] = {}
-        for folder in folders:
-            own_runtime = runtime if compressed[folder] or not any(compressed.values()) else None
+        for folder, own_runtime in zip(folders, runtimes, strict=True):
             with _opened(folder, device, dtype, own_runtime, batch_size, cache, heard) as lm:
                 start = time.perf_counter()
                 results = _run(lm, list(roots.values()), manager, num_fewshot, limit)
