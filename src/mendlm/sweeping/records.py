@@ -39,8 +39,8 @@ class SweepRecord:
     seconds : wall time of the compression without the start of Python; 0 for "dense".
     resumed : tensors that an earlier, unfinished run had done; `seconds` is without them.
     eval_seconds : wall time of the windows.
-    peak_memory_bytes : largest resident memory of the process until the folder was written; for "dense", of the
-        evaluation.
+    peak_memory_bytes : largest resident memory until the folder was written, the sum of the process and of the workers
+        that it had; for "dense", of the evaluation.
     peak_device_bytes : largest memory that torch had on the device by then; None on a CPU.
     device, n_threads : that it ran on, and with.
     versions : of mendlm, python, torch and transformers.
