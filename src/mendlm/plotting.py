@@ -13,7 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mendlm.errors import MissingDependencyError, StorageError, UsageError
+from mendlm.checkpoints.writer import storage_errors
+from mendlm.errors import MissingDependencyError, UsageError
 from mendlm.families import place_of, short_names
 
 if TYPE_CHECKING:
@@ -274,10 +275,8 @@ def save(spec: Spec, path: Path) -> None:
         data = convert.vegalite_to_png(**options, scale=2)
     else:
         data = convert.vegalite_to_pdf(**options)
-    try:
+    with storage_errors(path):
         path.write_bytes(data)
-    except OSError as err:
-        raise StorageError(f"cannot write the plot {str(path)!r}: {err.strerror or err}.") from err
 
 
 def plot_budget(plan: BudgetPlan, path: Path) -> None:

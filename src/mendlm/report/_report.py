@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mendlm import plotting
-from mendlm.checkpoints.writer import write_file
+from mendlm.checkpoints.writer import storage_errors, write_file
 from mendlm.errors import StorageError, UsageError
 from mendlm.report._figures import Figure, Point
 from mendlm.report._page import Content, render
@@ -222,10 +222,8 @@ def _save_figures(
     existing = next((file for file in files if file.exists()), None)
     if existing is not None and not overwrite:
         raise UsageError(f"{str(existing)!r} exists. Pass --overwrite, or choose another folder for figures.")
-    try:
+    with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise StorageError(f"cannot make the folder {str(folder)!r}: {err.strerror or err}.") from err
     for file, figure in files.items():
         plotting.save(figure.spec, file)
     return tuple(files)
@@ -247,10 +245,9 @@ def _write(dest: Path, data: bytes) -> None:
     """Beside the file first, then in its place: what is there is whole."""
     partial = dest.with_name(f".{dest.name}.partial")
     try:
-        write_file(partial, data)
-        partial.replace(dest)
-    except OSError as err:
+        with storage_errors(dest):
+            write_file(partial, data)
+            partial.replace(dest)
+    except StorageError:
         partial.unlink(missing_ok=True)
-        if isinstance(err, StorageError):
-            raise
-        raise StorageError(f"cannot write {str(dest)!r}: {err.strerror or err}.") from err
+        raise
