@@ -27,6 +27,7 @@ from _cells import calibration_text
 from _charts import BLUE, GREEN, GREY, ORANGE, lines, save, side_by_side
 from _common import ROOT, environment, projections, smollm2
 from mendlm import TLR, AcceleratedTLR, PruneOnly, Unstructured, ZeroShotSVD, refine, select_mask
+from mendlm.plotting import rounded
 from mendlm.refiners import AbstractRefiner
 
 RESULT = ROOT / "benchmarks" / "results" / "behaviour-cpu.json"
@@ -219,7 +220,7 @@ def spectrum(found: dict[str, Tensor]) -> list[dict[str, Any]]:
 
 
 def _short(values: list[float]) -> list[float]:
-    return [float(f"{value:.5g}") for value in values]
+    return [rounded(value) for value in values]
 
 
 SECTIONS = {
