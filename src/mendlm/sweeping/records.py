@@ -42,7 +42,7 @@ class SweepRecord:
     peak_memory_bytes : largest resident memory until the folder was written, the sum of the process and of the workers
         that it had; for "dense", of the evaluation.
     peak_device_bytes : largest memory that torch had on the device by then; None on a CPU.
-    device, n_threads : that it ran on, and with.
+    device, n_threads : that it ran on; CPU threads of each process at work.
     versions : of mendlm, python, torch and transformers.
     finished_at : time of day, ISO 8601 in UTC.
     folder : of the compressed model, relative to that of the sweep; it is there only if it was kept. None for "dense".
