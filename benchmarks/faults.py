@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import random
-import shutil
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,10 @@ from _common import ROOT, report
 sys.path.insert(0, str(ROOT / "tests"))
 
 import fuzzing
-from faulting import Faults, bytes_of, journaled, lose_power, resumes
+from faulting import Faults, Place, journaled, lose_power, resumes
 from mendlm.checkpoints.staging import partial_folder
 from tiny import byte_tokenizer, tiny_model
 
-OPTIONS = ["--pattern", "2:4", "--rank", "2", "--n-iter", "1"]
 WAYS = ("before", "half", "after", "at a random time", "power", "ENOSPC", "EIO", "SIGINT")
 # Of the inputs: what a parser costs sets its share.
 SHARES = {"header": 0.4, "index": 0.3, "gguf": 0.2, "packed": 0.08, "journal": 0.015, "recipe": 0.005}
@@ -34,31 +33,27 @@ SHARES = {"header": 0.4, "index": 0.3, "gguf": 0.2, "packed": 0.08, "journal": 0
 
 def stopped_runs(n: int, folder: Path) -> list[dict[str, Any]]:
     """`n` runs stopped in every way by turns; a row for each way."""
-    model, scratch, out = folder / "model", folder / "scratch", folder / "runs" / "out"
+    model = folder / "model"
     tiny_model("LlamaForCausalLM").save_pretrained(model)
     byte_tokenizer().save_pretrained(model)
-    scratch.mkdir()
-    out.parent.mkdir()
-    command: list[str | Path] = ["compress", model, out, *OPTIONS]
     rng = random.Random(0)
     rows = {way: {"fault": way, "n": 0, "same bytes": 0, "tensors kept": 0, "seconds": 0.0} for way in WAYS}
     with Faults() as faults:
-        whole = faults.run(*command, scratch=scratch)
-        reference = bytes_of(out)
-        shutil.rmtree(out)
+        place = Place(faults, model, folder)
+        run = partial(faults.run, *place.command, scratch=place.scratch)
         for i in range(n):
             way, started = WAYS[i % len(WAYS)], time.monotonic()
             if way == "at a random time":
-                faults.run(*command, scratch=scratch, after=rng.uniform(0, whole.seconds))
+                run(after=rng.uniform(0, place.seconds))
             else:
-                ended = faults.run(*command, scratch=scratch, at=rng.randint(1, whole.n_calls), how=way)
+                ended = run(at=rng.randint(1, place.n_calls), how=way)
                 if "Traceback" in ended.err or "bug in mendlm" in ended.err:
                     sys.exit(f"{way}: {ended.err}")
-            if way == "power" and (scratch / "unsynced.json").exists():
-                lose_power(scratch, rng)
+            if way == "power" and (place.scratch / "unsynced.json").exists():
+                lose_power(place.scratch, rng)
             row: dict[str, Any] = rows[way]
-            row["tensors kept"] += journaled(partial_folder(out))
-            resumes(faults, command, out, reference, scratch)  # raises if the bytes differ
+            row["tensors kept"] += journaled(partial_folder(place.out))
+            resumes(faults, place)  # raises if the bytes differ
             row["n"] += 1
             row["same bytes"] += 1
             row["seconds"] += time.monotonic() - started
@@ -67,14 +62,7 @@ def stopped_runs(n: int, folder: Path) -> list[dict[str, Any]]:
 
 def mutated_files(n: int, folder: Path) -> list[dict[str, Any]]:
     """`n` inputs; a row for each parser."""
-    targets = {
-        "header": fuzzing.header,
-        "index": fuzzing.index,
-        "gguf": fuzzing.gguf,
-        "packed": fuzzing.packed,
-        "journal": fuzzing.journal_in(folder),
-        "recipe": fuzzing.recipe_in(folder),
-    }
+    targets = fuzzing.targets(folder)
     rows = []
     for name, share in SHARES.items():
         count, started = round(share * n), time.monotonic()

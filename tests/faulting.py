@@ -117,16 +117,42 @@ def spread(n: int, total: int) -> list[int]:
     return sorted({1 + i * total // n for i in range(n)})
 
 
-def resumes(faults: Faults, command: list[str | Path], out: Path, reference: dict[str, bytes], scratch: Path) -> Ended:
-    """What must hold after a run into `out` was stopped, however: nothing half, and --resume gives the same bytes."""
-    if out.exists():
-        assert bytes_of(out) == reference
-    ended = faults.run(*command, "--resume", "--json", scratch=scratch)
+class Place:
+    """Where runs of one command write, and what an undisturbed one gives."""
+
+    def __init__(self, faults: Faults, model: Path, folder: Path) -> None:
+        self.scratch = folder / "scratch"
+        self.scratch.mkdir()
+        self.out = folder / "runs" / "out"
+        self.out.parent.mkdir()
+        self.command: list[str | Path] = [
+            "compress",
+            model,
+            self.out,
+            "--pattern",
+            "2:4",
+            "--rank",
+            "2",
+            "--n-iter",
+            "1",
+        ]
+        whole = faults.run(*self.command, scratch=self.scratch)
+        assert whole.code == 0, whole.err
+        self.n_calls, self.seconds = whole.n_calls, whole.seconds
+        self.reference = bytes_of(self.out)
+        shutil.rmtree(self.out)
+
+
+def resumes(faults: Faults, place: Place) -> Ended:
+    """What must hold after a run was stopped, however: nothing half, and --resume gives the same bytes."""
+    if place.out.exists():
+        assert bytes_of(place.out) == place.reference
+    ended = faults.run(*place.command, "--resume", "--json", scratch=place.scratch)
     assert ended.code == 0, ended.err
-    assert bytes_of(out) == reference
-    beside = [path.name for path in out.parent.iterdir() if path != out]
+    assert bytes_of(place.out) == place.reference
+    beside = [path.name for path in place.out.parent.iterdir() if path != place.out]
     assert beside == []
-    shutil.rmtree(out)
+    shutil.rmtree(place.out)
     return ended
 
 

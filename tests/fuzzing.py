@@ -189,6 +189,18 @@ def manifest_in(folder: Path, valid: dict[str, Any]) -> Target:
     return parse
 
 
+def targets(folder: Path) -> dict[str, Target]:
+    """Those that need nothing but a folder to write to, by name."""
+    return {
+        "header": header,
+        "index": index,
+        "packed": packed,
+        "gguf": gguf,
+        "journal": journal_in(folder),
+        "recipe": recipe_in(folder),
+    }
+
+
 def fuzz(target: Target, n: int, seed: int = 0) -> int:
     """Parse `n` inputs; how many were refused. Whatever is not a `MendError` comes out, with the input's number."""
     n_refused = 0

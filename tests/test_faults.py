@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from faulting import Ended, Faults, bytes_of, failing_reads, journaled, lose_power, resumes, spread
+from faulting import Ended, Faults, Place, bytes_of, failing_reads, journaled, lose_power, resumes, spread
 from mendlm import Recipe
 from mendlm.checkpoints.staging import partial_folder
 from mendlm.cli import main
@@ -21,7 +21,6 @@ from mendlm.errors import CheckpointError, MendError
 from mendlm.inspection import inspect
 from mendlm.pipeline import compress, plan
 
-OPTIONS = ["--pattern", "2:4", "--rank", "2", "--n-iter", "1"]
 N_POINTS, N_TIMES = 40, 10  # kills at chosen calls, and at random times
 
 
@@ -29,22 +28,6 @@ N_POINTS, N_TIMES = 40, 10  # kills at chosen calls, and at random times
 def faults() -> Iterator[Faults]:
     with Faults() as server:
         yield server
-
-
-class Place:
-    """Where the runs of a test write, and what an undisturbed one gives."""
-
-    def __init__(self, faults: Faults, model: Path, folder: Path) -> None:
-        self.scratch = folder / "scratch"
-        self.scratch.mkdir()
-        self.out = folder / "runs" / "out"
-        self.out.parent.mkdir()
-        self.command: list[str | Path] = ["compress", model, self.out, *OPTIONS]
-        whole = faults.run(*self.command, scratch=self.scratch)
-        assert whole.code == 0, whole.err
-        self.n_calls, self.seconds = whole.n_calls, whole.seconds
-        self.reference = bytes_of(self.out)
-        shutil.rmtree(self.out)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +47,7 @@ def test_killed_at_any_call(faults: Faults, place: Place) -> None:
         ended = faults.run(*place.command, scratch=place.scratch, at=at, how=ways[i % 3])
         assert ended.code == -9, at
         n_done = journaled(partial_folder(place.out))
-        again = resumes(faults, place.command, place.out, place.reference, place.scratch)
+        again = resumes(faults, place)
         resumed = json.loads(again.out)["resumed"]
         assert resumed >= n_done, at  # a finished OUT counts all
         n_kept += resumed
@@ -75,7 +58,7 @@ def test_killed_at_random_times(faults: Faults, place: Place) -> None:
     rng = random.Random(0)
     for _ in range(N_TIMES):
         faults.run(*place.command, scratch=place.scratch, after=rng.uniform(0, place.seconds))
-        resumes(faults, place.command, place.out, place.reference, place.scratch)
+        resumes(faults, place)
 
 
 def test_killed_again_and_again(faults: Faults, place: Place) -> None:
@@ -116,7 +99,7 @@ def test_power_lost(faults: Faults, place: Place) -> None:
     for at in spread(6, place.n_calls - 20):
         assert faults.run(*place.command, scratch=place.scratch, at=at, how="power").code == -9
         n_lost += lose_power(place.scratch, rng)
-        resumes(faults, place.command, place.out, place.reference, place.scratch)
+        resumes(faults, place)
     assert n_lost > 6
 
 
@@ -127,7 +110,7 @@ def test_disk_full_at_any_call(faults: Faults, place: Place) -> None:
         assert ended.code == 1, at
         assert "no space left" in ended.err or "cannot write" in ended.err
         assert not place.out.exists()
-        resumes(faults, place.command, place.out, place.reference, place.scratch)
+        resumes(faults, place)
 
 
 def test_one_failing_call(faults: Faults, place: Place) -> None:
@@ -135,7 +118,7 @@ def test_one_failing_call(faults: Faults, place: Place) -> None:
         ended = faults.run(*place.command, scratch=place.scratch, at=at, how="EIO")
         clean(ended)
         assert ended.code in (0, 1)  # 0: what it could not remove when it was done does not matter
-        resumes(faults, place.command, place.out, place.reference, place.scratch)
+        resumes(faults, place)
 
 
 def test_interrupted_twice(faults: Faults, place: Place) -> None:
@@ -144,7 +127,7 @@ def test_interrupted_twice(faults: Faults, place: Place) -> None:
         clean(ended)
         assert ended.code == 130, at
         assert "interrupted." in ended.err
-        resumes(faults, place.command, place.out, place.reference, place.scratch)
+        resumes(faults, place)
 
 
 @pytest.mark.parametrize(("suffix", "n_good"), [

@@ -14,15 +14,7 @@ COUNTS = {"header": 40_000, "index": 30_000, "packed": 8_000, "gguf": 20_000, "j
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_any_input_is_parsed_or_refused(tmp_path: Path, name: str) -> None:
-    target = {
-        "header": fuzzing.header,
-        "index": fuzzing.index,
-        "packed": fuzzing.packed,
-        "gguf": fuzzing.gguf,
-        "journal": fuzzing.journal_in(tmp_path),
-        "recipe": fuzzing.recipe_in(tmp_path),
-    }[name]
-    n_refused = fuzzing.fuzz(target, COUNTS[name])
+    n_refused = fuzzing.fuzz(fuzzing.targets(tmp_path)[name], COUNTS[name])
     assert name == "journal" or 0 < n_refused < COUNTS[name]  # some are sound, and most are not
 
 
