@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import fuzzing
 import mendlm
 from mendlm import NM, TLR, Recipe, Tiles, Unstructured
 from mendlm.checkpoints.staging import partial_folder
@@ -308,6 +309,11 @@ def test_records_that_do_not_fit(
 ) -> None:
     edit(out / "mendlm.json", change)
     assert where in found(verify(out, tiny_llama))
+
+
+def test_any_records_are_read_or_refused(sound: Path, tmp_path: Path) -> None:
+    valid = json.loads((sound / "mendlm.json").read_text())
+    assert 0 < fuzzing.fuzz(fuzzing.manifest_in(tmp_path, valid), 500) < 500
 
 
 def test_index_that_does_not_fit(sharded: tuple[Path, Path], tmp_path: Path) -> None:
