@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
-import vl_convert
 
 from _common import ROOT
+from mendlm import plotting
 
 IMAGES = ROOT / "docs" / "images"
 # Okabe-Ito colours: distinguishable with any colour vision.
@@ -57,13 +57,6 @@ def side_by_side(*charts: alt.Chart | alt.LayerChart) -> alt.HConcatChart:
 
 def save(chart: alt.TopLevelMixin, name: str) -> Path:
     """Write docs/images/`name`.svg, on white so that it can be read on a dark page too."""
-    config = {
-        "background": "white",
-        "padding": 8,
-        "view": {"stroke": None},
-        "title": {"fontSize": 12, "fontWeight": "normal"},
-    }
-    config |= {"axis": {"domainColor": "#888", "gridColor": "#e6e6e6", "titleFontWeight": "normal"}}
     path = IMAGES / f"{name}.svg"
-    path.write_text(vl_convert.vegalite_to_svg(chart.to_dict(), config=config) + "\n", encoding="utf-8")
+    plotting.save(chart.to_dict(), path)
     return path
