@@ -10,12 +10,10 @@ from typing import Any
 import torch
 
 from mendlm.checkpoints.plan import PlannedTensor
-from mendlm.checkpoints.writer import ShardWriter
+from mendlm.checkpoints.writer import SYNC_SECONDS, ShardWriter
 from mendlm.execution._base import AbstractExecutor
 from mendlm.execution.run import Run
 from mendlm.execution.tasks import N_THREADS, Job
-
-_SYNC_SECONDS = 30.0  # a power failure costs what was written since
 
 
 class TensorRun(Run):
@@ -58,7 +56,7 @@ class TensorRun(Run):
                 synced = time.monotonic()
                 for done in pool.compress(pending, self._begin):
                     self._write(writers[done.tensor.shard], done)
-                    if time.monotonic() - synced > _SYNC_SECONDS:
+                    if time.monotonic() - synced > SYNC_SECONDS:
                         self._sync(writers.values())
                         synced = time.monotonic()
             self._sync(writers.values())
