@@ -145,9 +145,10 @@ def verify(out: str | Path, original: str | Path | None = None, *, progress: Pro
 
     Notes
     -----
-    Everything is read twice, for the hashes and tensor by tensor. Memory: a few copies of the largest tensor. Hashes
-    find every change but one of `mendlm.json` itself, which has no hash: someone who can write to the folder can make
-    both fit. Compare `manifest_sha256` with one that was kept elsewhere.
+    Everything is read twice, for the hashes and tensor by tensor; with `original`, compressed tensors a third time.
+    Memory: a few copies of the largest tensor. Hashes find every change but one of `mendlm.json` itself, which has no
+    hash: someone who can write to the folder can make both fit. Compare `manifest_sha256` with one that was kept
+    elsewhere.
     """
     started = time.monotonic()
     folder = Path(out).expanduser()
