@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.mendlm-setup
 DEV := $(VENV)/.mendlm-setup-dev
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Nothing compiled ahead: that is half of the time, and for the most part of what no run imports.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 # Two BLAS pools on few cores fight; tokenizers warn about forks.
 export TOKENIZERS_PARALLELISM := false
@@ -34,14 +35,14 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py src/mendlm/kernels/packe
 
 # What tests, checks and docs need beside: most of the set-up's time, so that the demo goes without.
 $(DEV): $(STAMP)
-	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --constraint constraints.txt 'mendlm[dev]'
 	touch $(DEV)
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 # A file of tests a process, each with one thread: small matrices gain nothing from more.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(DEV)
 	$(PYTEST)

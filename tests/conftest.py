@@ -19,6 +19,14 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 TinyLlama = Callable[..., Path]
 
+# The files that take longest, the longest first: one that a test process began last would keep it alone for minutes.
+LONGEST = ["smollm2", "tasks", "calibration", "cli", "gguf", "loading", "bench", "ray", "matching", "sweep"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture
 def generator() -> torch.Generator:

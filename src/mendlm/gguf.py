@@ -101,7 +101,7 @@ def import_gguf(
     file = GGUFFile.open(source)
     file.check_rope()
     _check_dest(dest, source, overwrite)
-    with quiet_transformers(), _new_folder(dest, file.n_parameters * storage.itemsize) as folder:
+    with quiet_transformers(), file.shared(), _new_folder(dest, file.n_parameters * storage.itemsize) as folder:
         state = _convert(file, folder, storage)
         _same_mode_for_all(folder)
         checked = _compare(folder, file, storage) if state is None else _compare_with_memory(folder, storage, state)
