@@ -172,7 +172,8 @@ def test_json_of_a_dense_model(tiny_llama: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_more_tokens_than_positions(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", str(packed), "--prompt-tokens", "250", "--new-tokens", "7", "--json"]) == 2
+    how = ["--runtimes", "merged", "--prompt-tokens", "250", "--new-tokens", "7", "--json"]
+    assert main(["bench", str(packed), *how]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "error: 250 prompt tokens and 7 new ones are more than the 256 positions of the model." in shown.err

@@ -185,11 +185,14 @@ def test_semi_structured_is_what_torch_converts_back(make_tiny_llama: Callable[.
 def test_the_card_says_what_it_is(packed: Path, tmp_path: Path) -> None:
     evaluation = tmp_path / "ppl.json"
     protocol = {"model": "/somewhere/packed", "text": "wiki.parquet", "dtype": "float32"}
-    evaluation.write_text(json.dumps({"ppl": 12.3456, "n_windows": 8, "seqlen": 2048, "protocol": protocol}))
+    row = {"ppl": 12.3456, "n_windows": 8, "seqlen": 2048, "protocol": protocol}
+    broken = row | {"ppl": None, "protocol": protocol | {"model": "broken"}}  # JSON has no infinity
+    evaluation.write_text(json.dumps([row, broken]))
     mendlm.export(packed, tmp_path / "out", "peft", evaluations=[evaluation])
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\ntags:\n- tiny\n- mendlm\n")
     assert "| packed | wiki.parquet | 8 × 2048 tokens, float32 | 12.346 |" in card
+    assert "| broken | wiki.parquet | 8 × 2048 tokens, float32 | infinite |" in card
     assert "PeftModel.from_pretrained" in card
     assert "criterion: magnitude" in card
     assert str(tmp_path) not in card

@@ -20,11 +20,11 @@ import mendlm
 from mendlm import NM, Recipe, Unstructured
 from mendlm.cli import main
 from mendlm.errors import CheckpointError, NonFiniteError, UsageError
+from mendlm.evaluation.printed import read_evaluations
 from mendlm.families import place_of, short_names
 from mendlm.report import ReportResult
 from mendlm.report._figures import Point, pareto
 from mendlm.report._report import report
-from mendlm.report._runs import read_evaluations
 from mendlm.report._tensors import PRUNED, REFINED, TAIL, Details, Original, choose
 from mendlm.report.records import read_manifest
 

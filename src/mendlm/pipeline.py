@@ -338,8 +338,11 @@ def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
 
 
 def stat_inputs(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
-    """Sizes and times of the files of the input, by name."""
-    stats = {name: (checkpoint.folder / name).stat() for name in input_files(checkpoint)}
+    """Sizes and times of the files of the input, by name; `CheckpointError` if one can no longer be read."""
+    try:
+        stats = {name: (checkpoint.folder / name).stat() for name in input_files(checkpoint)}
+    except OSError as err:
+        raise CheckpointError(f"cannot read {err.filename!s}: {err.strerror or err}. Check the input folder.") from err
     return {name: {"size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats.items()}
 
 

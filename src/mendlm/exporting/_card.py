@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mendlm.errors import UsageError
+from mendlm.evaluation.printed import Evaluation
 from mendlm.exporting._base import Source
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ _TAGS = ["mendlm", "sparse", "low-rank", "pruning"]
 
 
 def model_card(
-    source: Source, result: ExportResult, summary: str, loading: str, evaluations: Sequence[Mapping[str, Any]]
+    source: Source, result: ExportResult, summary: str, loading: str, evaluations: Sequence[Evaluation]
 ) -> str:
     """Markdown with the YAML head that hubs read: the original card's, with our tags."""
     import yaml
@@ -41,35 +40,6 @@ def model_card(
     if (source.folder / CARD_FILE).is_file():
         parts.append(f"The card of the model before compression is [{ORIGINAL_CARD_FILE}]({ORIGINAL_CARD_FILE}).")
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def read_evaluations(files: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """What the card needs of files that ``mendlm eval --json`` printed.
-
-    Raises
-    ------
-    UsageError : a file is missing or something else.
-    """
-    rows = []
-    for file in files:
-        try:
-            parsed = json.loads(Path(file).read_text(encoding="utf-8"))
-            protocol = parsed["protocol"]
-            rows.append(
-                {
-                    "model": Path(protocol["model"]).name,
-                    "text": Path(protocol["text"]).name,
-                    "n_windows": int(parsed["n_windows"]),
-                    "seqlen": int(parsed["seqlen"]),
-                    "dtype": str(protocol["dtype"]),
-                    "ppl": float(parsed["ppl"]),
-                }
-            )
-        except OSError as err:
-            raise UsageError(f"cannot read {str(file)!r}: {err.strerror or err}.") from err
-        except (ValueError, KeyError, TypeError) as err:
-            raise UsageError(f"{str(file)!r} is not what 'mendlm eval --json' prints ({err!r}).") from err
-    return rows
 
 
 def _original_head(card: Path) -> dict[str, Any]:
@@ -106,14 +76,18 @@ def _sizes(source: Source, result: ExportResult) -> str:
     )
 
 
-def _perplexities(evaluations: Sequence[Mapping[str, Any]]) -> str:
+def _perplexities(evaluations: Sequence[Evaluation]) -> str:
     if not evaluations:
         return "Perplexity was not measured when this was exported."
     rows = "\n".join(
-        f"| {e['model']} | {e['text']} | {e['n_windows']} × {e['seqlen']} tokens, {e['dtype']} | {e['ppl']:.3f} |"
+        f"| {Path(e.model).name} | {e.text} | {e.n_windows} × {e.seqlen} tokens, {e.dtype} | {_ppl(e)} |"
         for e in evaluations
     )
     return f"| model | text | windows | perplexity |\n| --- | --- | --- | --- |\n{rows}"
+
+
+def _ppl(evaluation: Evaluation) -> str:
+    return "infinite" if evaluation.ppl is None else f"{evaluation.ppl:.3f}"
 
 
 def _recipe(manifest: Mapping[str, Any]) -> str:

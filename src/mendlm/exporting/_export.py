@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from mendlm.checkpoints.reader import CONFIG_FILE, INDEX_FILE, as_bytes, read_ch
 from mendlm.checkpoints.staging import Staging, check_space, check_target, open_staging
 from mendlm.checkpoints.writer import ShardLayout, ShardWriter, copy_file, write_file
 from mendlm.errors import CheckpointError, MendError, UsageError, located
+from mendlm.evaluation.printed import Evaluation, read_evaluations
 from mendlm.exporting._base import Layer, Layout, Source, Stored
-from mendlm.exporting._card import CARD_FILE, ORIGINAL_CARD_FILE, model_card, read_evaluations
+from mendlm.exporting._card import CARD_FILE, ORIGINAL_CARD_FILE, model_card
 from mendlm.exporting.dense import Dense
 from mendlm.exporting.factored import Factored
 from mendlm.exporting.peft import Peft
@@ -298,7 +299,7 @@ def _finish(
     layout: Layout,
     shards: Mapping[str, ShardLayout],
     result: ExportResult,
-    evaluations: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Evaluation],
 ) -> None:
     """Everything but the weights."""
     checkpoint = opened.checkpoint
@@ -324,7 +325,7 @@ def _finish(
         "dense_bytes": result.dense_bytes,
         "packed_bytes": result.packed_bytes,
         "output_bytes": result.output_bytes,
-        "evaluations": list(evaluations),
+        "evaluations": [asdict(e) | {"model": Path(e.model).name} for e in evaluations],
         "compression": {
             key: source.manifest.get(key) for key in ("mendlm_version", "recipe", "seed", "totals", "inputs")
         },

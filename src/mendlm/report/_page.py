@@ -18,9 +18,10 @@ import mendlm
 from mendlm import plotting
 from mendlm.cli._console import format_bytes, format_float, format_percent, format_seconds, format_shape, safe
 from mendlm.errors import MissingDependencyError
+from mendlm.evaluation.printed import Evaluation
 from mendlm.report import _figures as figures
 from mendlm.report._figures import Figure, Point
-from mendlm.report._runs import Evaluation, Run
+from mendlm.report._runs import Run
 from mendlm.report._tensors import TensorDetail
 from mendlm.report.records import TensorRecord
 from mendlm.sweeping import SweepRecord

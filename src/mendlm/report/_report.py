@@ -12,9 +12,10 @@ from typing import Any
 from mendlm import plotting
 from mendlm.checkpoints.writer import storage_errors, write_file
 from mendlm.errors import StorageError, UsageError
+from mendlm.evaluation.printed import Evaluation, evaluation_of, read_evaluations
 from mendlm.report._figures import Figure, Point
 from mendlm.report._page import Content, render
-from mendlm.report._runs import Evaluation, Run, evaluation_of, read_evaluations, read_runs, same_model
+from mendlm.report._runs import Run, read_runs, same_model
 from mendlm.report._tensors import Details, Original, TensorDetail, choose
 from mendlm.sweeping import SweepRecord, read_sweep
 from mendlm.sweeping.records import DENSE, SWEEP_FILE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,29 +12,8 @@ from typing import Any
 
 from mendlm.budgets import stored_frac
 from mendlm.errors import CheckpointError, UsageError
+from mendlm.evaluation.printed import Evaluation
 from mendlm.report.records import RUN_FILE, Manifest, TensorRecord, read_manifest
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A perplexity, and what says which one it is."""
-
-    model: str
-    text: str
-    n_windows: int
-    seqlen: int
-    dtype: str
-    ppl: float | None
-
-    @property
-    def what(self) -> str:
-        """The text and how much of it, in words."""
-        return f"{self.text}, {self.n_windows} × {self.seqlen} tokens, {self.dtype}"
-
-    @property
-    def protocol(self) -> tuple[str, int, int, str]:
-        """Perplexities compare where this is the same."""
-        return (self.text, self.n_windows, self.seqlen, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -104,43 +83,6 @@ def read_runs(folders: Sequence[Path]) -> tuple[Run, ...]:
     )
 
 
-def read_evaluations(files: Iterable[Path]) -> tuple[Evaluation, ...]:
-    """The perplexities in files that ``mendlm eval --json`` printed; one of several models or texts has several.
-
-    Raises
-    ------
-    UsageError : a file is missing or something else.
-    """
-    found: list[Evaluation] = []
-    for file in files:
-        try:
-            parsed = json.loads(file.read_text(encoding="utf-8"))
-            rows = [evaluation_of(row) for row in _results(parsed)]
-        except OSError as err:
-            raise UsageError(f"cannot read {str(file)!r}: {err.strerror or err}.") from err
-        except (ValueError, KeyError, TypeError, RecursionError) as err:
-            raise UsageError(f"{str(file)!r} is not what 'mendlm eval --json' prints ({err!r}).") from err
-        if not rows:
-            raise UsageError(
-                f"{str(file)!r} holds no perplexity. Give what 'mendlm eval MODEL --text FILE --json' prints."
-            )
-        found += rows
-    return tuple(dict.fromkeys(found))  # a reference comes with every model
-
-
-def evaluation_of(row: Mapping[str, Any]) -> Evaluation:
-    """The evaluation in one result of ``mendlm eval --json``; KeyError, TypeError or ValueError if it is none."""
-    protocol = row["protocol"]
-    return Evaluation(
-        model=str(protocol["model"]),
-        text=Path(protocol["text"]).name,
-        n_windows=int(row["n_windows"]),
-        seqlen=int(row["seqlen"]),
-        dtype=str(protocol["dtype"]),
-        ppl=None if row["ppl"] is None else float(row["ppl"]),
-    )
-
-
 def same_model(evaluation: Evaluation, folder: Path) -> bool:
     """Whether an evaluation is of the model in `folder`: by its path, or by its name if that path is not here."""
     path = Path(evaluation.model)
@@ -170,14 +112,3 @@ def _run_facts(folder: Path) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as err:
         raise CheckpointError(f"{str(path)!r} is not valid JSON: {err}. Delete it: it holds times alone.") from err
     return parsed if isinstance(parsed, dict) else {}
-
-
-def _results(parsed: Any) -> list[Mapping[str, Any]]:
-    """The objects with a perplexity in a document, whatever lists they are in."""
-    if isinstance(parsed, list):
-        return [row for part in parsed for row in _results(part)]
-    if not isinstance(parsed, dict):
-        return []
-    protocol = parsed.get("protocol")
-    own = [parsed] if "ppl" in parsed and isinstance(protocol, dict) and {"model", "text"} <= set(protocol) else []
-    return own + [row for part in parsed.values() if isinstance(part, list | dict) for row in _results(part)]
