@@ -16,7 +16,7 @@ export NO_MKDOCS_2_WARNING := 1
 .PHONY: help setup demo test test-fast lint format docs bench figures audit clean
 
 help:
-	@echo "make demo       compress SmolLM2-135M and measure what it did (about 5 minutes on 2 cores)"
+	@echo "make demo       compress SmolLM2-135M and measure what it did (about 6 minutes on 2 cores)"
 	@echo "make test       all tests (test-fast: without the real model)"
 	@echo "make lint       ruff and mypy --strict"
 	@echo "make audit      known vulnerabilities of the pinned dependencies (needs a network)"
