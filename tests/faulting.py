@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+OPTIONS = ("--pattern", "2:4", "--rank", "2", "--n-iter", "1")
 # What may fail where a disk is full, and what is counted in all.
 NEEDS_SPACE = ("pwrite", "write", "posix_fallocate", "open", "mkdir")
 COUNTED = (*NEEDS_SPACE, "fsync", "ftruncate", "rename", "unlink", "rmdir")
@@ -125,17 +126,7 @@ class Place:
         self.scratch.mkdir()
         self.out = folder / "runs" / "out"
         self.out.parent.mkdir()
-        self.command: list[str | Path] = [
-            "compress",
-            model,
-            self.out,
-            "--pattern",
-            "2:4",
-            "--rank",
-            "2",
-            "--n-iter",
-            "1",
-        ]
+        self.command: list[str | Path] = ["compress", model, self.out, *OPTIONS]
         whole = faults.run(*self.command, scratch=self.scratch)
         assert whole.code == 0, whole.err
         self.n_calls, self.seconds = whole.n_calls, whole.seconds

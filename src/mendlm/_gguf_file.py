@@ -249,8 +249,8 @@ class GGUFFile:
 
         open_anew, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
 
-        def reader(path: Any, *args: Any) -> Any:
-            return self.reader if not args and os.path.samefile(path, self.path) else open_anew(path, *args)
+        def reader(path: Any, mode: Any = "r") -> Any:
+            return self.reader if mode == "r" and os.path.samefile(path, self.path) else open_anew(path, mode)
 
         gguf.GGUFReader = reader
         gguf.get_tensor_name_map = functools.cache(name_map)

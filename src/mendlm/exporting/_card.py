@@ -80,8 +80,7 @@ def _perplexities(evaluations: Sequence[Evaluation]) -> str:
     if not evaluations:
         return "Perplexity was not measured when this was exported."
     rows = "\n".join(
-        f"| {Path(e.model).name} | {e.text} | {e.n_windows} × {e.seqlen} tokens, {e.dtype} | {_ppl(e)} |"
-        for e in evaluations
+        f"| {e.model} | {e.text} | {e.n_windows} × {e.seqlen} tokens, {e.dtype} | {_ppl(e)} |" for e in evaluations
     )
     return f"| model | text | windows | perplexity |\n| --- | --- | --- | --- |\n{rows}"
 

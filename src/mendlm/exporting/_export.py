@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def export(
         layer.check()
     manifest = _manifest(checkpoint.folder)
     source = Source(checkpoint.folder, config, tuple(layers), manifest)
-    evaluated = read_evaluations(evaluations)
+    evaluated = [replace(e, model=Path(e.model).name) for e in read_evaluations(evaluations)]  # no paths of a machine
     layout.check(source)
     jobs = _jobs(opened, source, layout)
     shards = _shard_layouts(jobs)
@@ -325,7 +325,7 @@ def _finish(
         "dense_bytes": result.dense_bytes,
         "packed_bytes": result.packed_bytes,
         "output_bytes": result.output_bytes,
-        "evaluations": [asdict(e) | {"model": Path(e.model).name} for e in evaluations],
+        "evaluations": [asdict(e) for e in evaluations],
         "compression": {
             key: source.manifest.get(key) for key in ("mendlm_version", "recipe", "seed", "totals", "inputs")
         },
