@@ -19,6 +19,10 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 TinyLlama = Callable[..., Path]
 
+# For processes whose peak memory is compared. glibc keeps freed blocks up to a size that grows with what is freed: that
+# moves a peak by 70 MB from run to run. With a fixed size larger ones go back, and a process holds what it uses.
+STEADY_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
 # The files that take longest, the longest first: one that a test process began last would keep it alone for minutes.
 LONGEST = ["smollm2", "tasks", "calibration", "cli", "gguf", "loading", "bench", "ray", "matching", "sweep"]
 
