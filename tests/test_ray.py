@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -57,12 +57,15 @@ def reference(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> byt
     return (out / WEIGHTS).read_bytes()
 
 
-def becomes_true(condition: Callable[[], bool]) -> bool:
-    """Whether it does within 30 s: processes end when the system finds the time."""
+T = TypeVar("T")
+
+
+def soon(value: Callable[[], T]) -> T:
+    """`value()` once it is true, or what it is after 30 s: processes start and end when the system finds the time."""
     deadline = time.monotonic() + 30
-    while not condition() and time.monotonic() < deadline:
+    while not (found := value()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return condition()
+    return found
 
 
 def working(node: Any) -> list[int]:
@@ -117,13 +120,13 @@ def test_ctrl_c_ends_the_tasks_and_keeps_the_work(connected: Any, tiny_llama: Pa
     (node,) = connected.worker_nodes
 
     def stop(event: Event) -> None:
-        if isinstance(event, TensorDone) and working(node):
+        if isinstance(event, TensorDone) and soon(lambda: working(node)):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         compress(tiny_llama, tmp_path / "out", RECIPE, executor="ray", on_event=stop)
     assert has_partial(tmp_path / "out")
-    assert becomes_true(lambda: not working(node))
+    assert soon(lambda: not working(node))
 
 
 def test_a_lost_node_costs_nothing(
@@ -134,7 +137,7 @@ def test_a_lost_node_costs_nothing(
     def lose(event: Event) -> None:
         if isinstance(event, TensorDone) and not lost:
             (node,) = connected.worker_nodes
-            lost.extend(working(node))
+            lost.extend(soon(lambda: working(node)))
             if lost:
                 connected.remove_node(node, allow_graceful=False)
 
@@ -142,7 +145,7 @@ def test_a_lost_node_costs_nothing(
         compress(tiny_llama, tmp_path / "out", RECIPE, executor="ray", on_event=lose)
     assert len(lost) == 1
     assert "try 1 of 3 failed" in caplog.text
-    assert becomes_true(lambda: not Path(f"/proc/{lost[0]}").exists())
+    assert soon(lambda: not Path(f"/proc/{lost[0]}").exists())
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == reference
 
 
