@@ -1,11 +1,11 @@
-"""Compressed layers on a CUDA device against dense bfloat16 ones, on the MLP shapes of LLaMA-7B, 2:4 with rank 128.
+"""Compressed layers on a CUDA device against dense bfloat16 ones, on the MLP shapes of LLaMA-7B, with rank 128.
 
     python benchmarks/gpu.py [--rank 128] [--tokens 4096] [--batches 1 4 16]
 
-Prefill: the semi-structured runtime. Decode: the packed runtime's Triton kernel, whose share of the memory bandwidth is
-given too; the ceiling is what a copy reaches. Weights are random and larger together than the cache of the device.
-
-Not run yet: no figure in this repository comes from it.
+Prefill: the semi-structured runtime (2:4), as Python calls it, and in a CUDA graph, where what the CPU does before each
+product costs nothing; and the packed runtime, which unpacks S. Decode: the packed runtime's Triton kernels for each
+pattern, in a CUDA graph, with their share of the memory bandwidth; the ceiling is what a copy reaches. Weights are
+random and larger together than the cache of the device.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from _common import report
 from mendlm.errors import UsageError
 from mendlm.kernels.packed import packed_linear
-from mendlm.packing import pack_mask
+from mendlm.packing import half_of, pack_mask
 from mendlm.runtime import SparseLowRankLinear
 
 SHAPES = [(11008, 4096), (4096, 11008)]
@@ -32,11 +32,15 @@ WORKING_SET = 2**30  # bytes that decoding goes through before it meets a weight
 Run = Callable[[Tensor], Tensor]
 
 
-def two_of_four(d_out: int, d_in: int, rank: int) -> SparseLowRankLinear:
-    """A random packed layer whose mask keeps two of four."""
-    order = torch.rand(d_out, d_in // 4, 4, device="cuda").argsort(dim=2)
-    mask = (order < 2).reshape(d_out, d_in)
-    layer = SparseLowRankLinear(d_in, d_out, n_kept=d_out * d_in // 2, rank=rank, dtype=DTYPE, device="cuda")
+def random_layer(d_out: int, d_in: int, rank: int, pattern: str) -> SparseLowRankLinear:
+    """A random packed layer at 50 %: "2:4", "4:8" or "50 %", which keeps any entries."""
+    if pattern == "50 %":
+        mask = torch.rand(d_out, d_in, device="cuda") < 0.5
+    else:
+        n, m = map(int, pattern.split(":"))
+        order = torch.rand(d_out, d_in // m, m, device="cuda").argsort(dim=2)
+        mask = (order < n).reshape(d_out, d_in)
+    layer = SparseLowRankLinear(d_in, d_out, n_kept=int(mask.sum()), rank=rank, dtype=DTYPE, device="cuda")
     with torch.no_grad():
         layer.weight_bitmask.copy_(pack_mask(mask))
         for parameter in layer.parameters():
@@ -86,25 +90,29 @@ def must_agree(found: Tensor, expected: Tensor) -> None:
         sys.exit(f"the product is wrong by {error:.2g} of its norm; nothing was timed")
 
 
-def prefill(shape: tuple[int, int], rank: int, n_tokens: int) -> dict[str, Any]:
-    layer = two_of_four(*shape, rank)
+def prefill(shape: tuple[int, int], rank: int, n_tokens: int) -> Iterator[dict[str, Any]]:
+    layer = random_layer(*shape, rank, "2:4")
     x = torch.randn(n_tokens, shape[1], dtype=DTYPE, device="cuda")
     packed = layer.packed_tensors()
-    layer.set_runtime("factored")
-    dense = layer.weight.detach() + packed["lora_B"].detach() @ packed["lora_A"].detach()
-    try:
-        layer.set_runtime("semi-structured")
-    except UsageError as err:
-        sys.exit(str(err))
-    must_agree(layer(x), linear(x, dense))
-    return row("prefill", shape, n_tokens, seconds(lambda: linear(x, dense)), seconds(lambda: layer(x)))
+    S = layer._dense()
+    dense = S.detach() + packed["lora_B"].detach() @ packed["lora_A"].detach()
+    for runtime in ("packed", "semi-structured"):
+        try:
+            layer.set_runtime(runtime)
+        except UsageError as err:
+            sys.exit(str(err))
+        must_agree(layer(x), linear(x, dense))
+        times = seconds(lambda: linear(x, dense)), seconds(lambda: layer(x))
+        yield row("prefill, called", runtime, "2:4", shape, n_tokens, *times)
+        times = seconds_a_call([lambda x: linear(x, dense)] * 4, x), seconds_a_call([layer] * 4, x)
+        yield row("prefill, graph", runtime, "2:4", shape, n_tokens, *times)
 
 
-def decode(shape: tuple[int, int], rank: int, n_tokens: int, ceiling: float) -> dict[str, Any]:
+def decode(shape: tuple[int, int], rank: int, pattern: str, n_tokens: int, ceiling: float) -> dict[str, Any]:
     x = torch.randn(n_tokens, shape[1], dtype=DTYPE, device="cuda")
     dense_bytes = 2 * shape[0] * shape[1]
     copies = -(-WORKING_SET // (dense_bytes // 2))
-    layers = [two_of_four(*shape, rank) for _ in range(copies)]
+    layers = [random_layer(*shape, rank, pattern) for _ in range(copies)]
     packed_bytes = sum(t.numel() * t.element_size() for t in layers[0].packed_tensors().values())
     packed = [kernel_of(layer) for layer in layers]
     weights = [torch.empty(shape, dtype=DTYPE, device="cuda").normal_() for _ in range(copies)]
@@ -116,19 +124,24 @@ def decode(shape: tuple[int, int], rank: int, n_tokens: int, ceiling: float) -> 
         "dense_bandwidth_share": dense_bytes / times[0] / ceiling,
         "bandwidth_share": packed_bytes / times[1] / ceiling,
     }
-    return row("decode", shape, n_tokens, *times) | shares
+    return row("decode", "packed", pattern, shape, n_tokens, *times) | shares
 
 
 def kernel_of(layer: SparseLowRankLinear) -> Run:
     """The packed kernel, whatever the runtime would choose for so many tokens."""
     t = {name: tensor.detach() for name, tensor in layer.packed_tensors().items()}
-    starts = layer.row_starts
-    return lambda x: packed_linear(x, t["weight_values"], t["weight_bitmask"], starts, t["lora_A"], t["lora_B"], None)
+    S = t["weight_values"], t["weight_bitmask"], layer.row_starts
+    half = half_of(t["weight_bitmask"])
+    return lambda x: packed_linear(x, *S, t["lora_A"], t["lora_B"], None, half)
 
 
-def row(phase: str, shape: tuple[int, int], n_tokens: int, dense: float, this: float) -> dict[str, Any]:
-    return {
+def row(
+    phase: str, runtime: str, pattern: str, shape: tuple[int, int], n_tokens: int, dense: float, this: float
+) -> dict[str, Any]:
+    found = {
         "phase": phase,
+        "runtime": runtime,
+        "pattern": pattern,
         "layer": f"{shape[0]} x {shape[1]}",
         "tokens": n_tokens,
         "dense_us": 1e6 * dense,
@@ -137,6 +150,8 @@ def row(phase: str, shape: tuple[int, int], n_tokens: int, dense: float, this: f
         "dense_bandwidth_share": None,
         "bandwidth_share": None,
     }
+    print(found, flush=True)
+    return found
 
 
 @torch.inference_mode()
@@ -151,9 +166,10 @@ def main() -> None:
         sys.exit(2)
     torch.manual_seed(0)
     ceiling = bandwidth()
-    rows = [prefill(shape, options.rank, options.tokens) for shape in SHAPES]
-    rows += [decode(shape, options.rank, n, ceiling) for shape in SHAPES for n in options.batches]
-    notes = f"2:4, rank {options.rank}, {DTYPE}; a copy moves {ceiling / 1e9:.0f} GB/s"
+    rows = [found for shape in SHAPES for found in prefill(shape, options.rank, options.tokens)]
+    for pattern in ("2:4", "4:8", "50 %"):
+        rows += [decode(shape, options.rank, pattern, n, ceiling) for shape in SHAPES for n in options.batches]
+    notes = f"rank {options.rank}, {DTYPE}; a copy moves {ceiling / 1e9:.0f} GB/s"
     report("gpu", "cuda", rows, notes)
 
 

@@ -1,6 +1,6 @@
 """A random checkpoint in the shape of LLaMA-7B, with a chosen number of blocks.
 
-    python benchmarks/llama_shape.py FOLDER [--blocks 4] [--vocab 32000] [--seed 0]
+    python benchmarks/llama_shape.py FOLDER [--blocks 4] [--vocab 32000] [--seed 0] [--device cuda]
 
 Weights look like those of a real model to a compressor: Gaussian noise, a decaying spectrum, a few outlier columns.
 Written in bfloat16, one shard for each block and one for each of the embedding tables; one tensor is in memory at a
@@ -53,12 +53,16 @@ LLAMA_70B = Llama(hidden=8192, intermediate=28672, heads=64, kv=1024, blocks=80)
 
 
 def matrix(d_out: int, d_in: int, generator: torch.Generator) -> torch.Tensor:
-    """(d_out, d_in) float32: noise, a spectrum that decays as 1 / i^0.8, one column in 200 twenty times as large."""
-    rank = min(SPECTRUM, d_out, d_in)
-    decay = torch.arange(1, rank + 1) ** -0.8
-    left = 3 * torch.randn(d_out, rank, generator=generator) * decay
-    W = torch.randn(d_out, d_in, generator=generator).addmm_(left, torch.randn(rank, d_in, generator=generator))
-    W[:, torch.randperm(d_in, generator=generator)[: d_in // 200]] *= 20
+    """(d_out, d_in) float32: noise, a spectrum that decays as 1 / i^0.8, one column in 200 twenty times as large.
+
+    On the device of `generator`.
+    """
+    rank, on = min(SPECTRUM, d_out, d_in), generator.device
+    decay = torch.arange(1, rank + 1, device=on) ** -0.8
+    left = 3 * torch.randn(d_out, rank, generator=generator, device=on) * decay
+    right = torch.randn(rank, d_in, generator=generator, device=on)
+    W = torch.randn(d_out, d_in, generator=generator, device=on).addmm_(left, right)
+    W[:, torch.randperm(d_in, generator=generator, device=on)[: d_in // 200]] *= 20
     return W.mul_(0.02)
 
 
@@ -73,20 +77,20 @@ def shards(model: Llama) -> Iterator[Tensors]:
 
 
 def values(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """The tensor `name`, bfloat16."""
+    """The tensor `name`, bfloat16, on the CPU."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     if name.endswith("_proj.weight"):
-        return matrix(shape[0], shape[1], generator).bfloat16()
-    return torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
+        return matrix(shape[0], shape[1], generator).bfloat16().cpu()
+    return torch.randn(shape, generator=generator, device=generator.device).mul_(0.02).bfloat16().cpu()
 
 
-def write(folder: Path, model: Llama, seed: int = 0) -> None:
-    """The checkpoint; `folder` must be new or empty."""
+def write(folder: Path, model: Llama, seed: int = 0, device: str = "cpu") -> None:
+    """The checkpoint; `folder` must be new or empty. Numbers are drawn on `device`, and are others on each kind."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise SystemExit(f"{str(folder)!r} is not empty. Name a new folder.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(seed)
     n_files, weight_map, total = model.blocks + 2, {}, 0
     for index, tensors in enumerate(shards(model), 1):
         file = f"model-{index:05d}-of-{n_files:05d}.safetensors"
@@ -125,9 +129,10 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=4, help="of 32; 0.4 GB each")
     parser.add_argument("--vocab", type=int, default=LLAMA_7B.vocab)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="where to draw the numbers: cuda takes seconds a block less")
     options = parser.parse_args()
     model = dataclasses.replace(LLAMA_7B, blocks=options.blocks, vocab=options.vocab)
-    write(options.folder, model, options.seed)
+    write(options.folder, model, options.seed, options.device)
 
 
 if __name__ == "__main__":

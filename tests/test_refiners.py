@@ -318,6 +318,6 @@ def test_cuda_agrees_with_cpu(refiner: AbstractRefiner) -> None:
     mask = select_mask(W, "magnitude", Unstructured(0.5))
     gpu = W.cuda()
     assert torch.equal(select_mask(gpu, "magnitude", Unstructured(0.5)).cpu(), mask)
-    here, there = refine(W, mask, refiner), refine(gpu, mask.cuda(), refiner)
+    here, there = (refine(x, kept, refiner, pattern=Unstructured(0.5)) for x, kept in ((W, mask), (gpu, mask.cuda())))
     assert there.S.is_cuda
     assert there.rel_error == pytest.approx(here.rel_error, rel=1e-2)

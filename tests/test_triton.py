@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mendlm.packing import pack_mask
+from mendlm.packing import find_row_starts, half_of, pack_mask
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,12 +26,23 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+def random_mask(d_out: int, d_in: int, density: float | str, g: torch.Generator) -> torch.Tensor:
+    """That share of the entries, one row empty; or of a pattern n:m, d_in rounded up to whole bytes."""
+    if isinstance(density, str):
+        n, m = map(int, density.split(":"))
+        order = torch.rand(d_out, -(-d_in // 8) * 8 // m, m, generator=g).argsort(dim=2)
+        return (order < n).reshape(d_out, -1)
+    mask = torch.rand(d_out, d_in, generator=g) < density
+    mask[d_out // 2] = False
+    return mask
+
+
 def check(
     n: int,
     d_in: int,
     d_out: int,
     rank: int,
-    density: float,
+    density: float | str,
     *,
     bias: bool,
     dtype: torch.dtype,
@@ -42,15 +53,16 @@ def check(
     from mendlm.kernels import _triton
 
     g = torch.Generator().manual_seed(seed)
-    mask = torch.rand(d_out, d_in, generator=g) < density
-    mask[d_out // 2] = False
+    mask = random_mask(d_out, d_in, density, g)
+    d_in = mask.shape[1]
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(dim=1).cumsum(dim=0)])
     S, A, B, b, x = (
         torch.randn(shape, generator=g).to(dtype)
         for shape in ((d_out, d_in), (rank, d_in), (d_out, rank), (d_out,), (n, d_in))
     )
-    arguments = (x, S[mask], pack_mask(mask), starts, A, B, b if bias else None)
-    y = _triton.packed_linear(*(t if t is None else t.to(device) for t in arguments))
+    bitmask = pack_mask(mask)
+    arguments = (x, S[mask], bitmask, starts, A, B, b if bias else None)
+    y = _triton.packed_linear(*(t if t is None else t.to(device) for t in arguments), half_of(bitmask))
     L = B.double() @ A.double()
     expected = x.double() @ (S.double() * mask + L).T + (b.double() if bias else 0)
     # Sums in float32 of terms of this size, then one rounding of the result.
@@ -62,21 +74,63 @@ def check(
 
 
 @interpreted
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(1, 18),
-    d_in=st.integers(1, 300),
+    n=st.sampled_from([1, 1, 2, 16, 18]),
+    d_in=st.integers(1, 300) | st.integers(1, 200).map(lambda k: 8 * k),
     d_out=st.integers(1, 40),
     rank=st.integers(0, 20),
-    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    density=st.sampled_from(["2:4", "4:8", 0.0, 0.1, 0.5, 1.0]),
     bias=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 100),
 )
 def test_equals_the_dense_product(
-    n: int, d_in: int, d_out: int, rank: int, density: float, bias: bool, dtype: torch.dtype, seed: int
+    n: int, d_in: int, d_out: int, rank: int, density: float | str, bias: bool, dtype: torch.dtype, seed: int
 ) -> None:
     check(n, d_in, d_out, rank, density, bias=bias, dtype=dtype, seed=seed)
+
+
+@interpreted
+@settings(max_examples=30, deadline=None)
+@given(
+    d_in=st.integers(1, 300) | st.integers(1, 100).map(lambda k: 8 * k),
+    d_out=st.integers(1, 20),
+    density=st.sampled_from(["2:4", "4:8", 0.0, 0.1, 0.5, 1.0]),
+    dtype=st.sampled_from([*DTYPES, torch.float64]),
+)
+def test_unpacks_to_the_last_bit(d_in: int, d_out: int, density: float | str, dtype: torch.dtype) -> None:
+    check_unpack(d_in, d_out, density, dtype, "cpu")
+
+
+def check_unpack(d_in: int, d_out: int, density: float | str, dtype: torch.dtype, device: str) -> None:
+    from mendlm.kernels import _triton
+
+    mask = random_mask(d_out, d_in, density, torch.Generator().manual_seed(d_in))
+    S = torch.where(mask, torch.randn(mask.shape, generator=torch.Generator().manual_seed(1)), 0).to(dtype)
+    bitmask = pack_mask(mask)
+    packed = [t.to(device) for t in (S[mask], bitmask, find_row_starts(bitmask))]
+    assert torch.equal(_triton.unpack(*packed, mask.shape[1], half_of(bitmask)).cpu(), S)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 2), (150, 200, 70), (129, 128, 0)], ids=str)
+def test_adds_a_product(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    check_product(dtype, shape, "cpu")
+
+
+def check_product(dtype: torch.dtype, shape: tuple[int, int, int], device: str) -> None:
+    from mendlm.kernels import _triton
+
+    n, d_out, rank = shape
+    g = torch.Generator().manual_seed(0)
+    y, h, B = (torch.randn(size, generator=g).to(dtype) for size in ((n, d_out), (n, rank), (d_out, rank)))
+    expected = y.double() + h.double() @ B.double().T
+    found = _triton.add_product(y.to(device), h.to(device), B.to(device)).cpu().double()
+    size = h.double().abs() @ B.double().abs().T + y.double().abs()
+    bound = torch.finfo(dtype).eps * expected.abs() + rank * torch.finfo(torch.float32).eps * size
+    assert ((found - expected).abs() <= bound + torch.finfo(dtype).tiny).all()
 
 
 @interpreted
@@ -97,14 +151,24 @@ def test_leading_dimensions_and_no_tokens() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="this is it")
 def test_in_the_interpreter() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "dense_product or leading"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            "-k",
+            "dense_product or leading or unpacks or adds",
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "2 passed" in run.stdout
+    assert "9 passed" in run.stdout
 
 
 COMPILE = """
@@ -118,18 +182,18 @@ pointers = "x values bitmask row_starts h lora_B bias y".split()
 numbers = "n_tokens d_in d_out".split()
 types = {name: "*bf16" for name in pointers} | {"bitmask": "*u8", "row_starts": "*i64", "h": "*fp32"}
 types |= {name: "i32" for name in numbers}
-for tokens, tuned in ((1, _triton._multiply_one), (16, _triton._multiply_some)):
+versions = [(_triton._multiply_one, {})]
+many = [(_triton._multiply_single, {"TOKENS": 1}), (_triton._multiply_some, {"TOKENS": 16})]
+versions += [(tuned, more | {"WORDS": words, "WIDEN": False}) for tuned, more in many for words in (False, True)]
+for tuned, more in versions:
     config = tuned.configs[0]
-    constants = {"n_bytes": 512, "rank": 128, "HAS_BIAS": True, "TOKENS": tokens, "WIDEN": False, **config.kwargs}
-    source = ASTSource(tuned.fn, types | {name: "constexpr" for name in constants}, constants)
+    constants = {"n_bytes": 512, "rank": 128, "HAS_BIAS": True} | more | config.kwargs
+    taken = {name: kind for name, kind in types.items() if name in tuned.fn.arg_names}
+    source = ASTSource(tuned.fn, taken | {name: "constexpr" for name in constants}, constants)
     options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
     kernel = compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
     assert kernel.asm["cubin"]
-    assert ("mma" in kernel.asm["ptx"]) == (tokens > 1)
-    constants = {"d_in": 4096, "TOKENS": tokens, "COLUMNS": 256}
-    types_of_A = {"x": "*bf16", "lora_A": "*bf16", "h": "*fp32", "n_tokens": "i32", "rank": "i32"}
-    source = ASTSource(_triton._project, types_of_A | {name: "constexpr" for name in constants}, constants)
-    assert compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options).asm["cubin"]
+    assert ("mma" in kernel.asm["ptx"]) == (more.get("TOKENS") == 16)
 """
 
 
@@ -164,8 +228,20 @@ def test_the_operator_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 4, 16, 17])
 @pytest.mark.parametrize("shape", [(20, 12, 3), (1000, 301, 0), (4096, 1024, 128)], ids=str)
-def test_on_the_device(dtype: torch.dtype, n: int, shape: tuple[int, int, int]) -> None:
-    check(n, *shape, 0.5, bias=True, dtype=dtype, device="cuda")
+@pytest.mark.parametrize("density", [0.5, "2:4", "4:8"])
+def test_on_the_device(dtype: torch.dtype, n: int, shape: tuple[int, int, int], density: float | str) -> None:
+    check(n, *shape, density, bias=True, dtype=dtype, device="cuda")
+
+
+@compiled
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("density", [0.5, "2:4", "4:8"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_unpacks_on_the_device(density: float | str, dtype: torch.dtype) -> None:
+    check_unpack(1000, 70, density, dtype, "cuda")
+    if dtype in (torch.bfloat16, torch.float16):
+        check_product(dtype, (300, 200, 70), "cuda")
 
 
 @compiled

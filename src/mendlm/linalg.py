@@ -28,6 +28,13 @@ OVERSAMPLING = 16
 # that is no Gram matrix can still fail to factor.
 DAMPING_LIMIT = 1.0
 
+# Of `eigh`: how many rows are few for a CUDA device.
+SMALL = 384
+
+# Of `truncate_svd` on CUDA. The error of an eigenvector is eps of float64 over the square of this ratio: here 2e-6,
+# which is about what sums of 4096 products in float32 leave.
+GRAM_FLOOR = 1e-5
+
 T = TypeVar("T")
 
 
@@ -112,10 +119,47 @@ def truncate_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Notes
     -----
-    Cost O(d_out * d_in * min(d_out, d_in)) flops with a large constant (LAPACK gesdd; cuSOLVER on CUDA).
+    Cost O(d_out * d_in * min(d_out, d_in)) flops with a large constant (LAPACK gesdd). On CUDA a float32 matrix goes by
+    the eigenvectors of its smaller Gram matrix in float64, which holds the squares of float32 numbers: 8 times faster
+    than cuSOLVER's SVD (H100, 4096 x 4096: 0.13 against 1.1 s). Directions below `GRAM_FLOOR` of the largest singular
+    value are too small for that; where one is asked for, cuSOLVER's SVD takes over.
     """
+    if M.is_cuda and M.dtype == torch.float32 and rank > 0 and M.numel():
+        found = _triplets_by_gram(M, rank)
+        if found is not None:
+            return found
     U, sigma, Vh = torch.linalg.svd(M, full_matrices=False)
     return U[:, :rank], sigma[:rank], Vh[:rank]
+
+
+def _triplets_by_gram(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`truncate_svd` by an eigendecomposition in float64; None if a wanted singular value is too small for it."""
+    wide = M.double()
+    tall = M.shape[0] >= M.shape[1]
+    gram = wide.T @ wide if tall else wide @ wide.T
+    energies, vectors = torch.linalg.eigh(gram)
+    sigma = energies[-rank:].flip(0).clamp_min(0).sqrt()
+    if not bool(sigma[-1] > GRAM_FLOOR * sigma[0]):
+        return None
+    near = vectors[:, -rank:].flip(1)
+    far = (wide @ near if tall else wide.T @ near) / sigma
+    U, V = (far, near) if tall else (near, far)
+    return U.to(M.dtype), sigma.to(M.dtype), V.T.to(M.dtype).contiguous()
+
+
+def eigh(H: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of a symmetric `H` (d, d), on its device.
+
+    Notes
+    -----
+    Up to `SMALL` rows the CPU is faster than cuSOLVER, the way there and back included: 1.0 against 2.5 ms for 144,
+    3.5 against 5.9 for 272 (one thread, H100).
+    """
+    if H.is_cuda and H.shape[0] <= SMALL:
+        energies, vectors = torch.linalg.eigh(H.cpu())
+        return energies.to(H.device), vectors.to(H.device)
+    energies, vectors = torch.linalg.eigh(H)
+    return energies, vectors
 
 
 def inverse_factor(H: Tensor) -> Tensor | None:
@@ -251,7 +295,7 @@ class SubspaceIteration:
                 V = self._normalized(H)
         Z = H if MG is None else M.T @ Q
         # Rayleigh-Ritz: rotate the block so that its columns are the singular directions, largest first.
-        energies, E = torch.linalg.eigh(Z.T @ H)
+        energies, E = eigh(Z.T @ H)
         E = E.flip(1)
         Z = Z @ E
         H = Z if MG is None else H @ E

@@ -125,6 +125,8 @@ def _kth_smallest(scores: Tensor, k: int) -> Tensor:
             columns[i], columns[j] = torch.minimum(columns[i], columns[j]), torch.maximum(columns[i], columns[j])
         return columns[k - 1][:, None]
     if scores.device.type != "cpu":
+        if scores.shape[1] >= _LARGE_GROUP:  # kthvalue gives a row to one multiprocessor: 258 ms for 4096 x 4096
+            return scores.sort(dim=1).values[:, k - 1 : k]
         return scores.kthvalue(k, dim=1, keepdim=True).values
     # NumPy's vectorized selection: 20 times faster than torch.kthvalue here. float32 holds bf16 and fp16 exactly.
     wide = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()

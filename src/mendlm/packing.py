@@ -65,6 +65,17 @@ def find_row_starts(bitmask: Tensor) -> Tensor:
     return torch.nn.functional.pad(in_rows.cumsum(0), (1, 0))
 
 
+def half_of(bitmask: Tensor) -> int:
+    """4 if every four columns keep exactly two (2:4), else 8 if every eight keep exactly four (4:8), else 0.
+
+    Columns beyond the last whole byte count as not kept.
+    """
+    counts = _population(bitmask)
+    if not counts.numel() or not bool((counts == 4).all()):
+        return 0
+    return 4 if bool((_population(bitmask & 15) == 2).all()) else 8
+
+
 def _population(bitmask: Tensor) -> Tensor:
     """How many bits of each byte are set, uint8."""
     # NumPy's (from 2.0) is four times faster than the look-up; torch.compile does not see through it.

@@ -15,7 +15,7 @@ from mendlm.errors import CheckpointError, UsageError
 from mendlm.kernels import packed as kernels
 from mendlm.kernels import semi_structured
 from mendlm.names import lookup
-from mendlm.packing import check_packed, find_row_starts, scatter, unpack_mask
+from mendlm.packing import check_packed, find_row_starts, half_of, scatter, unpack_mask
 
 Runtime = Literal["merged", "factored", "packed", "semi-structured"]
 
@@ -121,6 +121,7 @@ class SparseLowRankLinear(nn.Module):
         self.weight_values = nn.Parameter(tensors[VALUES], requires_grad=False)
         self.register_buffer(BITMASK, tensors[BITMASK])
         self.register_buffer("row_starts", None, persistent=False)  # of S in weight_values, found when needed
+        self._half_of = 0  # not known
         self.lora_A = nn.Parameter(tensors[LORA_A])
         self.lora_B = nn.Parameter(tensors[LORA_B])
         self.bias = bias
@@ -128,6 +129,7 @@ class SparseLowRankLinear(nn.Module):
     def check(self) -> None:
         """Raise `CheckpointError` unless values and bitmask fit each other (packed runtime only)."""
         self.row_starts = check_packed(self.weight_values, self._bitmask, self.in_features)
+        self._half_of = half_of(self._bitmask)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, d_in) -> (…, d_out), in the dtype of `x`."""
@@ -135,12 +137,13 @@ class SparseLowRankLinear(nn.Module):
             return linear(x, self.weight, self.bias)
         if self.runtime == "packed" and not self._needs_grad(x) and kernels.serves(x, self.weight_values):
             packed_S = self.weight_values, self._bitmask, self._row_starts()
-            return kernels.packed_linear(x, *packed_S, self.lora_A, self.lora_B, self.bias)
+            return kernels.packed_linear(x, *packed_S, self.lora_A, self.lora_B, self.bias, self._half_of)
         if self.runtime == "semi-structured":
             y = semi_structured.multiply(x, self._sparse, self.bias)
         else:
             y = linear(x, self._dense(), self.bias)
-        return y + linear(linear(x, self.lora_A), self.lora_B)
+        alone = not self._needs_grad(x) and not torch.is_autocast_enabled(x.device.type)
+        return kernels.add_low_rank(y, x, self.lora_A, self.lora_B, in_place=alone)
 
     def set_runtime(self, runtime: str) -> None:
         """Change the runtime in place; between all but the merged one without any loss (of the sign of zeros at most).
@@ -209,7 +212,8 @@ class SparseLowRankLinear(nn.Module):
     def _unpacked(self) -> Tensor:
         """Dense S (d_out, d_in); shapes were checked when the layer was loaded."""
         if kernels.unpacks(self.weight_values):
-            return kernels.unpack(self.weight_values, self._bitmask, self._row_starts(), self.in_features)
+            packed_S = self.weight_values, self._bitmask, self._row_starts()
+            return kernels.unpack(*packed_S, self.in_features, self._half_of)
         return scatter(self.weight_values, self._bitmask, self.in_features)
 
     def _row_starts(self) -> Tensor:
@@ -271,7 +275,7 @@ class SparseLowRankLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """The inverse: packed values become S in the runtime of the layer."""
-        self.row_starts = None
+        self.row_starts, self._half_of = None, 0
         apart = self.runtime in ("factored", "semi-structured")
         values = state_dict.pop(prefix + "weight_values", None) if apart else None
         if values is not None:

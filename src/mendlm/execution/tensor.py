@@ -69,7 +69,7 @@ def compress_tensor(
         mask = out.decomposition.mask
         # By blocks: an index is two int64 for every kept entry.
         values = torch.cat([S[kept] for S, kept in row_blocks(out.S, mask)])
-        parts = [part.contiguous().cpu() for part in (values, pack_mask(mask), out.A, out.B)]
+        parts = [on_cpu(part) for part in (values, pack_mask(mask), out.A, out.B)]
     d_out, d_in = W.shape
     record = TensorRecord(
         name=tensor.name,
@@ -95,6 +95,15 @@ def compress_tensor(
         n_dead=None if inputs is None else int(inputs.dead.sum()),
     )
     return parts, record
+
+
+def on_cpu(x: Tensor) -> Tensor:
+    """`x` in memory of the CPU, contiguous."""
+    x = x.contiguous()
+    if not x.is_cuda:
+        return x
+    # Pinned memory is kept by torch for the next tensor; a copy into fresh pages took 27 ms for 34 MB instead of 1.
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
 
 
 def remeasured(

@@ -26,6 +26,7 @@ def packed_linear(
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
+    half_of: int = 0,
 ) -> Tensor:
     """`mendlm.kernels.packed.packed_linear`, which checks the shapes.
 
@@ -46,58 +47,218 @@ def packed_linear(
     y = x.new_empty(n_tokens, d_out)
     if y.numel() == 0:
         return y.reshape(*x.shape[:-1], d_out)
-    h = torch.empty(n_tokens, rank, dtype=torch.float32, device=x.device)
+    values, bitmask, row_starts = values.contiguous(), bitmask.contiguous(), row_starts.contiguous()
+    # Four entries of two bytes are read as one word where all begin at a word.
+    words = values.itemsize == 2 and d_in % 8 == 0 and values.data_ptr() % 8 == 0 and tokens.data_ptr() % 8 == 0
     block = 1 if n_tokens == 1 else 16
     n_blocks = triton.cdiv(n_tokens, block)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        if rank:
-            _project[(rank, n_blocks)](
-                tokens, lora_A.contiguous(), h, n_tokens, d_in, rank, block, 256, enable_fp_fusion=True
-            )
-        kernel = _multiply_one if block == 1 else _multiply_some
-        kernel[lambda chosen: (triton.cdiv(d_out, chosen["ROWS"]), n_blocks)](
-            tokens,
-            values.contiguous(),
-            bitmask.contiguous(),
-            row_starts.contiguous(),
-            h,
-            lora_B.contiguous(),
-            y if bias is None else bias.contiguous(),
-            y,
-            n_tokens,
-            d_in,
-            d_out,
-            bitmask.shape[1],
-            rank,
-            HAS_BIAS=bias is not None,
-            TOKENS=block,
-            WIDEN=_INTERPRETED,  # the interpreter multiplies the bits of bfloat16 as integers
-            enable_fp_fusion=True,
-        )
+
+    def grid(chosen: dict[str, Any]) -> tuple[int, int]:
+        return triton.cdiv(d_out, chosen["ROWS"]), n_blocks
+
+    with _on(x):
+        h, lora_B = _project(tokens, lora_A), lora_B.contiguous()
+        b = y if bias is None else bias.contiguous()
+        shape = {"n_bytes": bitmask.shape[1], "rank": rank, "HAS_BIAS": bias is not None, "enable_fp_fusion": True}
+        if block == 1 and words and half_of == 4:
+            _multiply_one[grid](tokens, values, bitmask, h, lora_B, b, y, d_out, **shape)
+        else:
+            operands = (tokens, values, bitmask, row_starts, h, lora_B, b, y, n_tokens, d_in, d_out)
+            # The interpreter multiplies the bits of bfloat16 as integers.
+            constants = {"TOKENS": block, "WORDS": words and half_of > 0, "WIDEN": _INTERPRETED}
+            (_multiply_single if block == 1 else _multiply_some)[grid](*operands, **shape, **constants)
     return y.reshape(*x.shape[:-1], d_out)
 
 
-def project(
-    x: tl.tensor,
-    lora_A: tl.tensor,
-    h: tl.tensor,
-    n_tokens: tl.tensor,
-    d_in: tl.constexpr,
-    rank: tl.tensor,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    """One row of A with a block of tokens: a column of h (n_tokens, rank) float32."""
-    row = tl.program_id(0)
-    tokens = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-    sums = tl.zeros((TOKENS, COLUMNS), tl.float32)
-    for start in range(0, d_in, COLUMNS):
+def unpack(values: Tensor, bitmask: Tensor, row_starts: Tensor, d_in: int, half_of: int = 0) -> Tensor:
+    """`mendlm.kernels.packed.unpack`, which checks the shapes. Any dtype of 1, 2, 4 or 8 bytes."""
+    d_out = bitmask.shape[0]
+    S = values.new_empty(d_out, d_in)
+    if S.numel() == 0:
+        return S
+    numbers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize]
+    values = values.contiguous().view(numbers)
+    words = half_of > 0 and values.itemsize == 2 and d_in % 8 == 0 and values.data_ptr() % 8 == 0
+    rows, n_bytes = 4, 64
+    with _on(values):
+        _unpack[(triton.cdiv(d_out, rows),)](
+            values,
+            bitmask.contiguous(),
+            row_starts.contiguous(),
+            S.view(numbers),
+            d_in,
+            d_out,
+            bitmask.shape[1],
+            WORDS=words,
+            ROWS=rows,
+            BYTES=n_bytes,
+        )
+    return S
+
+
+def add_product(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
+    """``y + h @ lora_B.T`` into `y` (n_tokens, d_out) and back, with sums in float32; all of one dtype of two bytes.
+
+    cuBLAS takes twice the time for as few columns (H100, bfloat16, 4096 x 11008, rank 128: 159 µs).
+    """
+    n_tokens, d_out = y.shape
+    rank = h.shape[1]
+    if y.numel() and rank:
+        grid = (triton.cdiv(d_out, 128), triton.cdiv(n_tokens, 128))
+        with _on(y):
+            _add_product[grid](
+                y, h.contiguous(), lora_B.contiguous(), n_tokens, d_out, rank, WIDEN=_INTERPRETED, num_warps=8
+            )
+    return y
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """The device of `x`, for a launch."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _project(tokens: Tensor, lora_A: Tensor) -> Tensor:
+    """``x Aᵀ`` (n_tokens, rank) float32, with sums in float32."""
+    (n_tokens, d_in), rank = tokens.shape, lora_A.shape[0]
+    if n_tokens == 1 and rank:
+        h = tokens.new_empty(1, rank, dtype=torch.float32)
+        _project_one[(rank,)](tokens, lora_A.contiguous(), h, d_in, COLUMNS=4096, enable_fp_fusion=True)
+    elif tokens.dtype == torch.float32 or not tokens.is_cuda:
+        h = tokens.float() @ lora_A.float().T
+    else:
+        h = torch.mm(tokens, lora_A.T, out_dtype=torch.float32)
+    return h
+
+
+def project_one(x: tl.tensor, lora_A: tl.tensor, h: tl.tensor, d_in: tl.constexpr, COLUMNS: tl.constexpr) -> None:
+    """One row of A with one token."""
+    row = tl.program_id(0).to(tl.int64)
+    sums = tl.zeros((COLUMNS,), tl.float32)
+    for start in tl.static_range(0, d_in, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         inside = columns < d_in
-        a = tl.load(lora_A + row.to(tl.int64) * d_in + columns, mask=inside, other=0.0).to(tl.float32)
-        wanted = (tokens < n_tokens)[:, None] & inside[None, :]
-        sums += a[None, :] * tl.load(x + tokens[:, None] * d_in + columns[None, :], mask=wanted, other=0.0)
-    tl.store(h + tokens * rank + row, tl.sum(sums, axis=1), mask=tokens < n_tokens)
+        a = tl.load(lora_A + row * d_in + columns, mask=inside, other=0.0).to(tl.float32)
+        sums += a * tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(h + row, tl.sum(sums, axis=0))
+
+
+_project_one = triton.jit(project_one)
+
+
+def number(word: tl.tensor, place: tl.constexpr, like: tl.tensor) -> tl.tensor:
+    """One of the four entries of two bytes in an int64 `word`, of the dtype that `like` points to, as float32."""
+    half = (word >> (32 * (place // 2))).to(tl.uint32)
+    if like.dtype.element_ty == tl.bfloat16:  # the upper half of a float32
+        bits = (half << 16) if place % 2 == 0 else (half & 0xFFFF0000)
+        value = bits.to(tl.float32, bitcast=True)
+    else:
+        bits = (half & 0xFFFF) if place % 2 == 0 else (half >> 16)
+        value = bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return value
+
+
+_number = triton.jit(number)
+
+
+def multiply_one(
+    x: tl.tensor,
+    values: tl.tensor,
+    bitmask: tl.tensor,
+    h: tl.tensor,
+    lora_B: tl.tensor,
+    bias: tl.tensor,
+    y: tl.tensor,
+    d_out: tl.tensor,
+    n_bytes: tl.constexpr,
+    rank: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BYTES: tl.constexpr,
+    APART: tl.constexpr,
+) -> None:
+    """A block of rows of a 2:4 matrix with one token; entries of two bytes.
+
+    Of two in four, the first kept column is one of the first three and the second one of the last three, so that two
+    choices for each entry of S pick its x. Integer operations cost twice what others do, so there are few.
+
+    Parameters
+    ----------
+    APART : whether every row reads x for itself, from the cache; otherwise threads exchange it.
+    """
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    is_row = rows < d_out
+    row_values = values + rows * (4 * n_bytes)
+    sums = tl.zeros((ROWS, BYTES), tl.float32)
+    x_words = x.to(tl.pointer_type(tl.int64))
+    for start in tl.static_range(0, n_bytes, BYTES):
+        places = start + tl.arange(0, BYTES)
+        inside = places < n_bytes
+        wanted = is_row[:, None] & inside[None, :]
+        if APART:
+            at = x_words + (2 * places[None, :] + 0 * rows[:, None])
+            x_low = tl.load(at, mask=wanted, other=0)
+            x_high = tl.load(at + 1, mask=wanted, other=0)
+        else:
+            x_low = tl.load(x_words + 2 * places, mask=inside, other=0)[None, :]
+            x_high = tl.load(x_words + 2 * places + 1, mask=inside, other=0)[None, :]
+        at_byte = bitmask + rows[:, None] * n_bytes + places[None, :]
+        byte = tl.load(at_byte, mask=wanted, other=0, eviction_policy="evict_first").to(tl.uint32)
+        at_word = (row_values[:, None] + 4 * places[None, :]).to(tl.pointer_type(tl.int64))
+        word = tl.load(at_word, mask=wanted, other=0, eviction_policy="evict_first")
+        for part in tl.static_range(2):
+            X = x_low if part == 0 else x_high
+            X1, X2 = _number(X, 1, x), _number(X, 2, x)
+            bits = byte >> (4 * part)
+            one = tl.where((bits & 1) != 0, _number(X, 0, x), tl.where((bits & 2) != 0, X1, X2))
+            other = tl.where((bits & 8) != 0, _number(X, 3, x), tl.where((bits & 4) != 0, X2, X1))
+            sums += _number(word, 2 * part, values) * one
+            sums += _number(word, 2 * part + 1, values) * other
+    for start in tl.static_range(0, rank, BYTES):
+        ranks = start + tl.arange(0, BYTES)
+        wanted = is_row[:, None] & (ranks < rank)[None, :]
+        B = tl.load(lora_B + rows[:, None] * rank + ranks[None, :], mask=wanted, other=0.0).to(tl.float32)
+        sums += B * tl.load(h + ranks, mask=ranks < rank, other=0.0)[None, :]
+    out = tl.sum(sums, axis=1)
+    if HAS_BIAS:
+        out += tl.load(bias + rows, mask=is_row, other=0.0).to(tl.float32)
+    tl.store(y + rows, out.to(y.dtype.element_ty), mask=is_row)
+
+
+def entry(
+    bit: tl.constexpr, first: tl.tensor, word: tl.tensor, spread: tl.tensor, counts: tl.tensor, WORDS: tl.constexpr
+) -> tl.tensor:
+    """Column `bit` of every byte, in the dtype of the values; 0 where it is not kept.
+
+    Parameters
+    ----------
+    first : where the values of each byte begin.
+    word : its four values, if WORDS.
+    spread, counts : its bits, one in each nibble, and how many of them are set up to there.
+    """
+    is_kept = ((spread >> (4 * bit)) & 1) != 0
+    place = ((counts >> (4 * bit)) & 15).to(tl.int32) - 1
+    dtype = first.dtype.element_ty
+    if WORDS:
+        half = (word >> (16 * (place & 3)).to(tl.int64)).to(tl.int16)
+        value = tl.where(is_kept, half, 0).to(dtype, bitcast=True)
+    else:
+        value = tl.load(first + place, mask=is_kept, other=0)
+    return value
+
+
+_entry = triton.jit(entry)
+
+
+def entries(first: tl.tensor, word: tl.tensor, spread: tl.tensor, counts: tl.tensor, WORDS: tl.constexpr) -> tl.tensor:
+    """All columns of the bytes (rows, bytes): (rows, bytes, 2, 2, 2), the last three being the bits of the column."""
+    S0 = tl.join(_entry(0, first, word, spread, counts, WORDS), _entry(4, first, word, spread, counts, WORDS))
+    S1 = tl.join(_entry(1, first, word, spread, counts, WORDS), _entry(5, first, word, spread, counts, WORDS))
+    S2 = tl.join(_entry(2, first, word, spread, counts, WORDS), _entry(6, first, word, spread, counts, WORDS))
+    S3 = tl.join(_entry(3, first, word, spread, counts, WORDS), _entry(7, first, word, spread, counts, WORDS))
+    return tl.join(tl.join(S0, S2), tl.join(S1, S3))
+
+
+_entries = triton.jit(entries)
 
 
 def multiply(
@@ -118,12 +279,15 @@ def multiply(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BYTES: tl.constexpr,
+    WORDS: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
     """A block of rows with a block of tokens, 8 x BYTES columns after the other.
 
     The kept values of a row lie one after the other, so the place of each is the number of bits set before its own.
     The eight counts within a byte come from one product: its bits, spread to the nibbles of a word, times 0x11111111.
+    With one token a thread takes single entries, so that neighbours read neighbours, and keeps its own sums to the end;
+    with more it takes whole bytes and goes through their bits by turns.
     """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     tokens = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
@@ -132,7 +296,7 @@ def multiply(
     n_before = tl.zeros((ROWS,), tl.int32)
     bit = tl.arange(0, 8)
     nibble = (4 * bit).to(tl.uint32)[None, None, :]
-    if TOKENS == 1:  # every thread keeps its own sums to the end
+    if TOKENS == 1:
         sums = tl.zeros((ROWS, BYTES, 8), tl.float32)
     else:
         sums = tl.zeros((ROWS, TOKENS), tl.float32)
@@ -144,13 +308,19 @@ def multiply(
         spread = (spread | (spread << 6)) & 0x03030303
         spread = (spread | (spread << 3)) & 0x11111111
         counts = spread * 0x11111111
-        in_byte = (counts >> 28).to(tl.int32)
-        before_byte = n_before[:, None] + tl.cumsum(in_byte, axis=1) - in_byte
-        n_before += tl.sum(in_byte, axis=1)
-        is_kept = ((spread[:, :, None] >> nibble) & 1) != 0
-        within = ((counts[:, :, None] >> nibble) & 15).to(tl.int32) - 1
-        S = tl.load(row_values[:, None, None] + (before_byte[:, :, None] + within), mask=is_kept, other=0.0)
+        if WORDS:
+            word = byte.to(tl.int64)
+            first = row_values[:, None] + 4 * places[None, :]
+            if TOKENS > 1:
+                word = tl.load(first.to(tl.pointer_type(tl.int64)), mask=wanted, other=0)
+        else:
+            word = (counts >> 28).to(tl.int32)  # how many the byte keeps
+            first = row_values[:, None] + (n_before[:, None] + tl.cumsum(word, axis=1) - word)
+            n_before += tl.sum(word, axis=1)
         if TOKENS == 1:
+            is_kept = ((spread[:, :, None] >> nibble) & 1) != 0
+            within = ((counts[:, :, None] >> nibble) & 15).to(tl.int32) - 1
+            S = tl.load(first[:, :, None] + within, mask=is_kept, other=0.0)
             columns = 8 * places[:, None] + bit[None, :]
             X = tl.load(x + tl.program_id(1) * d_in + columns, mask=columns < d_in, other=0.0)
             sums += S.to(tl.float32) * X.to(tl.float32)[None, :, :]
@@ -158,7 +328,7 @@ def multiply(
             columns = 8 * start + tl.arange(0, 8 * BYTES)
             wanted = is_token[:, None] & (columns < d_in)[None, :]
             X = tl.load(x + tokens[:, None] * d_in + columns[None, :], mask=wanted, other=0.0)
-            S = tl.reshape(S, (ROWS, 8 * BYTES))
+            S = tl.reshape(_entries(first, word, spread, counts, WORDS), (ROWS, 8 * BYTES))
             if WIDEN:
                 S, X = S.to(tl.float32), X.to(tl.float32)
             sums = tl.dot(S, tl.trans(X), sums, input_precision="ieee")
@@ -182,16 +352,105 @@ def multiply(
     tl.store(y + tokens[None, :] * d_out + rows[:, None], out.to(y.dtype.element_ty), mask=wanted)
 
 
-def _tuned(configs: list[tuple[int, int, int]]) -> Any:
-    """`multiply` with the fastest (rows, bytes of the bitmask, warps); the first where nothing can be timed."""
-    choices = [triton.Config({"ROWS": r, "BYTES": b}, num_warps=w) for r, b, w in configs]
+def unpack_rows(
+    values: tl.tensor,
+    bitmask: tl.tensor,
+    row_starts: tl.tensor,
+    S: tl.tensor,
+    d_in: tl.tensor,
+    d_out: tl.tensor,
+    n_bytes: tl.constexpr,
+    WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BYTES: tl.constexpr,
+) -> None:
+    """A block of rows of S, as `multiply` finds its entries; of any integers."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    is_row = rows < d_out
+    row_values = values + tl.load(row_starts + rows, mask=is_row, other=0)
+    n_before = tl.zeros((ROWS,), tl.int32)
+    for start in range(0, n_bytes, BYTES):
+        places = start + tl.arange(0, BYTES)
+        wanted = is_row[:, None] & (places < n_bytes)[None, :]
+        byte = tl.load(bitmask + rows[:, None] * n_bytes + places[None, :], mask=wanted, other=0).to(tl.uint32)
+        spread = (byte | (byte << 12)) & 0x000F000F
+        spread = (spread | (spread << 6)) & 0x03030303
+        spread = (spread | (spread << 3)) & 0x11111111
+        counts = spread * 0x11111111
+        if WORDS:
+            first = row_values[:, None] + 4 * places[None, :]
+            word = tl.load(first.to(tl.pointer_type(tl.int64)), mask=wanted, other=0)
+        else:
+            word = (counts >> 28).to(tl.int32)
+            first = row_values[:, None] + (n_before[:, None] + tl.cumsum(word, axis=1) - word)
+            n_before += tl.sum(word, axis=1)
+        columns = 8 * start + tl.arange(0, 8 * BYTES)
+        wanted = is_row[:, None] & (columns < d_in)[None, :]
+        found = tl.reshape(_entries(first, word, spread, counts, WORDS), (ROWS, 8 * BYTES))
+        tl.store(S + rows[:, None] * d_in + columns[None, :], found, mask=wanted)
+
+
+_unpack = triton.jit(unpack_rows)
+
+
+def add_a_product(
+    y: tl.tensor,
+    h: tl.tensor,
+    lora_B: tl.tensor,
+    n_tokens: tl.tensor,
+    d_out: tl.tensor,
+    rank: tl.constexpr,
+    WIDEN: tl.constexpr,
+) -> None:
+    """A block of y, 128 x 128."""
+    tokens = (tl.program_id(1) * 128 + tl.arange(0, 128)).to(tl.int64)
+    rows = (tl.program_id(0) * 128 + tl.arange(0, 128)).to(tl.int64)
+    is_token, is_row = (tokens < n_tokens)[:, None], rows < d_out
+    place = y + tokens[:, None] * d_out + rows[None, :]
+    inside = is_token & is_row[None, :]
+    before = tl.load(place, mask=inside, other=0.0)
+    sums = before.to(tl.float32)
+    for start in tl.static_range(0, rank, 64):
+        ranks = start + tl.arange(0, 64)
+        is_rank = (ranks < rank)[None, :]
+        H = tl.load(h + tokens[:, None] * rank + ranks[None, :], mask=is_token & is_rank, other=0.0)
+        B = tl.load(lora_B + rows[:, None] * rank + ranks[None, :], mask=is_row[:, None] & is_rank, other=0.0)
+        if WIDEN:
+            H, B = H.to(tl.float32), B.to(tl.float32)
+        sums = tl.dot(H, tl.trans(B), sums, input_precision="ieee")
+    tl.store(place, sums.to(before.dtype), mask=inside)
+
+
+_add_product = triton.jit(add_a_product)
+
+
+def _tuned(kernel: Any, configs: list[tuple[dict[str, Any], int]], *more: str) -> Any:
+    """A kernel with the fastest of some constants and warps; the first where nothing can be timed."""
+    choices = [triton.Config(constants, num_warps=warps) for constants, warps in configs]
     if _INTERPRETED:
         choices = choices[:1]
-    return triton.autotune(choices, key=["d_in", "d_out"])(triton.jit(multiply))
+    return triton.autotune(choices, key=["n_bytes", "d_out", *more])(triton.jit(kernel))
 
 
-_project = triton.jit(project)
-# Every row block of a one-token call is small, so that there are several for each multiprocessor.
-ONE_TOKEN = [(4, 32, 4), (4, 64, 4), (4, 128, 8), (2, 128, 4), (8, 32, 4)]
-SOME_TOKENS = [(16, 16, 4), (16, 32, 4), (32, 16, 4), (32, 8, 4)]
-_multiply_one, _multiply_some = _tuned(ONE_TOKEN), _tuned(SOME_TOKENS)
+def _block(rows: int, n_bytes: int, warps: int, **more: Any) -> tuple[dict[str, Any], int]:
+    return {"ROWS": rows, "BYTES": n_bytes, **more}, warps
+
+
+TWO_OF_FOUR = [
+    _block(rows, n_bytes, warps, APART=apart)
+    for rows, n_bytes, warps in [
+        (4, 128, 4),
+        (4, 128, 2),
+        (1, 512, 4),
+        (2, 512, 4),
+        (1, 512, 2),
+        (4, 512, 4),
+        (2, 256, 2),
+    ]
+    for apart in (True, False)
+]
+ONE_TOKEN = [_block(4, 32, 4), _block(4, 64, 4), _block(4, 128, 8), _block(2, 128, 4), _block(8, 32, 4)]
+SOME_TOKENS = [_block(16, 16, 4), _block(16, 32, 4), _block(32, 16, 4), _block(32, 32, 4)]
+_multiply_one = _tuned(multiply_one, TWO_OF_FOUR)
+_multiply_single = _tuned(multiply, ONE_TOKEN)
+_multiply_some = _tuned(multiply, SOME_TOKENS, "WORDS")
