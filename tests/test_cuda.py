@@ -58,13 +58,13 @@ def test_runs_agree_with_the_cpu_and_repeat(name: str, tiny_llama: Path, tmp_pat
     compress(tiny_llama, tmp_path / "again", recipe, device="cuda")
     assert bytes_of(tmp_path / "cuda") == bytes_of(tmp_path / "again")
     assert verify(tmp_path / "cuda", tiny_llama).ok
-    # A tie, or a mask that moves by what another rounding says, changes single entries: errors are close, not equal.
-    for a, b in zip(here.records, there.records, strict=True):
-        assert a.name == b.name
-        assert b.n_kept == a.n_kept
-        assert b.rel_error == pytest.approx(a.rel_error, rel=0.03)
-        if a.rel_output_error is not None:
-            assert b.rel_output_error == pytest.approx(a.rel_output_error, rel=0.05)
+    # The subspace iteration starts from the device's random numbers: as with other seeds on a CPU, which were seen to
+    # change the error of a single tiny tensor by 12 % and their mean by 1.5 %, results are close, not equal.
+    assert [(r.name, r.n_kept) for r in there.records] == [(r.name, r.n_kept) for r in here.records]
+    for field in ("rel_error", "rel_output_error"):
+        errors = [[getattr(r, field) or 0.0 for r in run.records] for run in (here, there)]
+        assert errors[1] == pytest.approx(errors[0], rel=0.15)
+        assert sum(errors[1]) == pytest.approx(sum(errors[0]), rel=0.03)
     text = {"n_windows": 2, "seqlen": 64, "dtype": "float32"}
     found = [evaluate(tmp_path / d, device=d, **text).ppl for d in ("cpu", "cuda")]
     assert found[1] == pytest.approx(found[0], rel=0.02)

@@ -187,6 +187,15 @@ def test_operator_refuses_what_does_not_fit(place: int, wrong: Tensor) -> None:
         packed.packed_linear(*arguments)
 
 
+@pytest.mark.parametrize(("half_of", "density"), [(4, 0.4), (8, 0.4), (3, 0.5)])
+def test_a_half_that_is_none_is_refused(half_of: int, density: float) -> None:
+    x, _, *operands = make_operands(8, 64, 2, 1, density, bias=True, dtype=torch.float32)
+    with pytest.raises(UsageError, match="are not the half"):
+        packed.packed_linear(x, *operands, half_of)
+    with pytest.raises(UsageError, match="are not the half"):
+        packed.unpack(*operands[:3], 64, half_of)
+
+
 @pytest.mark.parametrize("kernel", ["0", "1"])
 def test_operators_are_registered_properly(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     monkeypatch.setenv("MENDLM_KERNEL", kernel)

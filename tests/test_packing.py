@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mendlm.errors import CheckpointError
-from mendlm.packing import check_packed, pack_mask, unpack, unpack_mask
+from mendlm.packing import check_packed, half_of, pack_mask, unpack, unpack_mask
 
 
 @st.composite
@@ -56,3 +56,21 @@ def test_wrong_shapes_are_found() -> None:
         check_packed(values[None], bitmask, 10)
     with pytest.raises(CheckpointError, match="1-D values and a 2-D uint8 bitmask"):
         check_packed(values, bitmask.int(), 10)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([0b0011_0101, 0b1010_1100], 4),  # two of every four
+        ([0b0011_0101, 0b0111_0001], 8),  # four of eight
+        ([0b0011_0101, 0b0111_0011], 0),
+        ([0b0000_0000, 0b0000_0000], 0),
+        ([], 0),
+    ],
+)
+def test_which_half_is_kept(rows: list[int], expected: int) -> None:
+    assert half_of(torch.tensor(rows, dtype=torch.uint8).reshape(-1, 1)) == expected
+
+
+def test_columns_beyond_the_last_byte_are_not_kept() -> None:
+    assert half_of(pack_mask(torch.tensor([[1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0]], dtype=torch.bool))) == 0

@@ -129,10 +129,9 @@ def test_cusparselt_serves_newer_devices(capability: None, monkeypatch: pytest.M
 def test_auto(capability: None) -> None:
     good, bad = ("a", full_mask(), 128), ("b", with_three(full_mask(), 7), 128)
     assert resolve_runtime("auto") == "merged"
-    assert runtime_on("auto", [good, good], torch.bfloat16, CUDA) == "semi-structured"
-    assert runtime_on("auto", [good, bad], torch.bfloat16, CUDA) == "merged"
-    assert runtime_on("auto", [good], torch.float32, CUDA) == "merged"
-    assert runtime_on("auto", [good], torch.bfloat16, CPU) == "merged"
+    for device in (CUDA, CPU):
+        assert runtime_on("auto", [good, bad], torch.bfloat16, device) == "merged"
+    assert runtime_on("semi-structured", [good, good], torch.bfloat16, CUDA) == "semi-structured"
     assert runtime_on("packed", [good], torch.bfloat16, CUDA) == "packed"
     with pytest.raises(UsageError, match="'b' cannot be semi-structured: some group"):
         runtime_on("semi-structured", [good, bad], torch.bfloat16, CUDA)
@@ -241,8 +240,8 @@ def test_load(folder: Path, tmp_path: Path) -> None:
 
 def test_load_chooses_before_it_loads(capability: None, folder: Path) -> None:
     choose = mendlm.loading._runtime_for
-    assert choose(folder, "auto", None, CUDA) == "semi-structured"
-    assert choose(folder, "auto", torch.float32, CUDA) == "merged"
+    assert choose(folder, "semi-structured", None, CUDA) == "semi-structured"
+    assert choose(folder, "auto", None, CUDA) == "merged"
     assert choose(folder, "auto", None, CPU) == "merged"
     with pytest.raises(UsageError, match=r"'model\.layers\.0\..*' cannot be semi-structured: .*torch\.float32"):
         choose(folder, "semi-structured", torch.float32, CUDA)

@@ -30,7 +30,7 @@ def load(
     ----------
     path : a folder that mendlm wrote, or any dense transformers folder. Nothing is downloaded, no code in it is run.
     runtime : for a compressed folder, how its layers compute: "merged", "factored", "packed", "semi-structured", or
-        "auto": semi-structured on a CUDA device where every layer allows it, else merged.
+        "auto", which is merged: no other is as fast as a dense layer for every number of tokens (docs/runtimes.md).
     dtype : of the weights in memory; that of the checkpoint if not given.
     device : where to put the model; CPU if not given.
 

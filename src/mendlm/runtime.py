@@ -29,7 +29,7 @@ RUNTIMES: dict[str, str] = {
 
 
 def resolve_runtime(name: str) -> str:
-    """The runtime that `name` stands for; "auto" is the fastest that every device has (see `runtime_on`).
+    """The runtime that `name` stands for; "auto" is the merged one, on no device slower than another.
 
     Raises
     ------
@@ -42,13 +42,13 @@ def resolve_runtime(name: str) -> str:
 
 
 def runtime_on(name: str, layers: Iterable[tuple[str, Tensor, int]], dtype: torch.dtype, device: torch.device) -> str:
-    """The runtime that `name` stands for on a known device: "auto" is semi-structured where every layer allows it.
+    """The runtime that `name` stands for, on a device that is known to have it.
 
     Parameters
     ----------
     name : a runtime or "auto".
-    layers : path, bitmask (d_out, ceil(d_in / 8)) uint8 and d_in of every compressed layer; read for "auto" and
-        "semi-structured" only, and no further than the first layer that does not allow it.
+    layers : path, bitmask (d_out, ceil(d_in / 8)) uint8 and d_in of every compressed layer; read for "semi-structured"
+        only, and no further than the first layer that does not allow it.
     dtype : of the weights in memory.
     device : where they will be.
 
@@ -57,15 +57,12 @@ def runtime_on(name: str, layers: Iterable[tuple[str, Tensor, int]], dtype: torc
     UsageError : unknown name, or "semi-structured" where a layer does not allow it; it is named.
     """
     resolved = resolve_runtime(name)
-    if name not in ("auto", "semi-structured") or (name == "auto" and device.type != "cuda"):
-        return resolved
-    for path, bitmask, d_in in layers:
-        reason = semi_structured.obstacle(bitmask, d_in, dtype, device)
-        if reason is not None and name == "auto":
-            return resolved
-        if reason is not None:
-            raise UsageError(f"{path!r} cannot be semi-structured: {reason}.")
-    return "semi-structured"
+    if resolved == "semi-structured":
+        for path, bitmask, d_in in layers:
+            reason = semi_structured.obstacle(bitmask, d_in, dtype, device)
+            if reason is not None:
+                raise UsageError(f"{path!r} cannot be semi-structured: {reason}.")
+    return resolved
 
 
 class SparseLowRankLinear(nn.Module):

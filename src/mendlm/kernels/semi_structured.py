@@ -68,7 +68,8 @@ def compress(S: Tensor) -> Tensor:
 def multiply(x: Tensor, sparse: Tensor, bias: Tensor | None) -> Tensor:
     """(…, d_in) -> (…, d_out), contiguous: x Sᵀ + bias.
 
-    With cuSPARSELt the fastest of its algorithms for about as many tokens is found at the first product of a shape.
+    cuSPARSELt's default algorithm: its search for a faster one, by trial, broke the device's context for a small
+    float16 matrix (torch 2.11, H100), and everything after it failed.
     """
     tokens = x.reshape(-1, x.shape[-1])
     n_tokens, d_out = tokens.shape[0], sparse.shape[0]
@@ -81,26 +82,8 @@ def multiply(x: Tensor, sparse: Tensor, bias: Tensor | None) -> Tensor:
         least = sparse._DTYPE_SHAPE_CONSTRAINTS[x.dtype].dense_min_rows
         padded = torch.nn.functional.pad(tokens, (0, 0, 0, -n_tokens % least)).t()
         packed: Any = sparse.packed
-        algorithm = _algorithm(packed, padded, bias)
-        product = torch._cslt_sparse_mm(packed, padded, bias=bias, transpose_result=True, alg_id=algorithm)
-        y = product[:n_tokens]
+        y = torch._cslt_sparse_mm(packed, padded, bias=bias, transpose_result=True)[:n_tokens]
     return y.reshape(*x.shape[:-1], d_out)
-
-
-# Which algorithm is fastest, by device, dtype, shape and the magnitude of the number of tokens.
-_fastest: dict[tuple[object, ...], int] = {}
-
-
-def _algorithm(packed: Any, tokens: Tensor, bias: Tensor | None) -> int:
-    """The number of cuSPARSELt's fastest algorithm for ``S @ tokens``; its default where none can be tried."""
-    key = (tokens.device, tokens.dtype, packed.shape, tokens.shape[0], tokens.shape[1].bit_length())
-    if key not in _fastest:
-        if torch.cuda.is_current_stream_capturing():
-            return 0
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*_cslt_sparse_mm_search is deprecated.*")
-            _fastest[key] = torch._cslt_sparse_mm_search(packed, tokens, bias=bias, transpose_result=True)
-    return _fastest[key]
 
 
 def _torch_class(device: torch.device) -> Any:
