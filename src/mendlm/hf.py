@@ -6,10 +6,13 @@ it by `import mendlm` (see `_import_hook`).
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
+import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mendlm._filling import Awaited, PackedFiles, any_index, may_match, the_one_device
-from mendlm.checkpoints.header import TensorInfo, read_header
+from mendlm.checkpoints.header import Header, TensorInfo, read_header
 from mendlm.checkpoints.plan import BITMASK, LAYOUT, METHOD, PARTS, VALUES, VERSION, packed_shapes
 from mendlm.errors import CheckpointError, MendError, UsageError, located
 from mendlm.experts import SparseLowRankExperts, expert_layout, is_fused_experts
@@ -30,6 +33,17 @@ from mendlm.families import STACKED_LAYOUT, is_transposed, split_expert
 from mendlm.runtime import SparseLowRankLinear, resolve_runtime
 
 logger = logging.getLogger(__name__)
+
+# What `mendlm.load` has read and checked of the files that it lets transformers open.
+known_headers: ContextVar[Mapping[Path, Header]] = ContextVar("known_headers", default=types.MappingProxyType({}))
+
+
+class Unchanging(dict[str, Any]):
+    """A dict that copies share: transformers copies a config two dozen times while it loads."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unchanging:
+        """Itself."""
+        return self
 
 
 class MendlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -68,6 +82,10 @@ class MendlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.runtime = resolve_runtime(runtime)
         # transformers reads this name: True makes it forget the quantization once the model is built.
         self.dequantize = self.runtime == "merged"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MendlmConfig:
+        """With the same `modules`, which nobody changes."""
+        return copy.copy(self)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
@@ -114,13 +132,15 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
         files = kwargs.get("checkpoint_files")
         if not files:
             raise UsageError("a compressed model is loaded from the files of its folder, not from a state_dict.")
-        stored = _stored_tensors(files)
+        known = known_headers.get()
+        self._headers = {path: known.get(path) or read_header(path) for path in map(Path, files)}
+        stored = {info.name: info for header in self._headers.values() for info in header.tensors}
         _check_all_listed(stored, config.modules)
         names = _Names(model)
         places = {path: names.in_model(path) for path in config.modules}
         self.experts = _take_experts_apart(model, places, stored)
         self._inside = frozenset(change(place) for place in self.experts for change in names.prefix_changes())
-        self._files, self._device = tuple(files), the_one_device(kwargs.get("device_map"))
+        self._device = the_one_device(kwargs.get("device_map"))
         self._take_places(model, names, places, stored, filled_here=self._device is not None)
         self._sources = {place: path for path, place in places.items()}
         # From here on in the names that save_pretrained will write for this model.
@@ -140,16 +160,16 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
         float32; the others are an `Awaited`.
         """
         wide = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
-        untold = set()
+        untold, shown, modules = set[str](), _initialized(), _modules(model)
         for path, facts in self.quantization_config.modules.items():
             place = places[path]
-            dense, d_out, d_in = _dense_layer(model, path, place)
+            dense, d_out, d_in = _dense_layer(model, path, modules.get(place))
             n_kept, rank = _facts(path, facts)
             _check_stored(path, packed_shapes(d_out, d_in, n_kept, rank), stored)
             layer: nn.Module
             if filled_here and not any(may_match(pattern, f"{place}.{part}") for pattern in wide for part in PARTS):
                 layer = Awaited(d_in, dense.weight.dtype, dense.bias)
-                untold |= {any_index(name) for name in (path, names.renamed(path), place)}
+                untold |= {path, names.renamed(path), place}
             else:
                 layer = SparseLowRankLinear(
                     d_in,
@@ -160,9 +180,9 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
                     dtype=dense.weight.dtype,
                     device="meta",
                 )
-            object.__setattr__(layer, "weight", _initialized())
-            model.set_submodule(place, layer.train(dense.training))
-        _pass_over(model, (f"{name}\\.({'|'.join(PARTS)})" for name in untold))
+            object.__setattr__(layer, "weight", shown)
+            _put(modules, place, layer.train(dense.training))
+        _pass_over(model, (f"{name}\\.({'|'.join(PARTS)})" for name in set(map(any_index, untold))))
 
     def _expect_guard(self, model: Any, names: _Names, guard: str) -> None:
         """Let transformers pass over the guard without a word."""
@@ -184,12 +204,12 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
-        packed = PackedFiles(self._files, self._device)
+        packed, modules = PackedFiles(self._headers, self._device), _modules(model)
         for path, place in self.paths.items():
-            layer = model.get_submodule(place)
+            layer = modules[place]
             if isinstance(layer, Awaited):
                 layer = packed.layer(self._sources[place], layer)
-                model.set_submodule(place, layer)
+                _put(modules, place, layer)
             else:
                 object.__delattr__(layer, "weight")
                 layer.weight_values.requires_grad_(False)
@@ -306,16 +326,19 @@ class _Names:
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
         self._prefix = f"{model.base_model_prefix}."
         self._renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+        self._renamed: dict[str, str] = {}
+        self._modules = _modules(model)
 
     def renamed(self, path: str) -> str:
         """With the names of transformers, but the prefix of the checkpoint."""
-        name = f"{path}.weight"
-        for renaming in self._renamings:
-            name, _ = renaming.rename_source_key(name)
-        return name.removesuffix(".weight")
+        if path not in self._renamed:
+            name = f"{path}.weight"
+            for renaming in self._renamings:
+                name, _ = renaming.rename_source_key(name)
+            self._renamed[path] = name.removesuffix(".weight")
+        return self._renamed[path]
 
     def in_model(self, path: str) -> str:
         """Path in the model; where there is none, what it would be called."""
@@ -337,8 +360,8 @@ class _Names:
 
     def _exists(self, path: str) -> bool:
         expert = split_expert(path)
-        fused = None if expert is None else _submodule(self._model, expert[0])
-        return _submodule(self._model, path) is not None or is_fused_experts(fused)
+        fused = None if expert is None else self._modules.get(expert[0])
+        return path in self._modules or is_fused_experts(fused)
 
 
 class _Elsewhere(WeightConverter):  # type: ignore[misc]
@@ -426,9 +449,8 @@ def _check_offload(path: str, runtime: str) -> None:
         )
 
 
-def _dense_layer(model: Any, path: str, place: str) -> tuple[Any, int, int]:
-    """The layer that the model has where the checkpoint has a compressed one, and its d_out and d_in."""
-    module = _submodule(model, place)
+def _dense_layer(model: Any, path: str, module: nn.Module | None) -> tuple[Any, int, int]:
+    """`module` itself, which the model has where the checkpoint has a compressed layer, and its d_out and d_in."""
     # Asked of the table and of the model, as the shape of a square matrix does not tell which way round it is.
     transposed = is_transposed(model.config.model_type, f"{path}.weight")
     if isinstance(module, Conv1D) and transposed:
@@ -469,6 +491,17 @@ def _submodule(model: Any, path: str) -> nn.Module | None:
     return module
 
 
+def _modules(model: Any) -> dict[str, Any]:
+    """Every module of a model by its path; faster, for many, than walking to each."""
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def _put(modules: Mapping[str, Any], path: str, module: nn.Module) -> None:
+    """Put a module into the parent that its path names."""
+    parent, _, name = path.rpartition(".")
+    setattr(modules[parent], name, module)
+
+
 def _facts(path: str, facts: Any) -> tuple[int, int]:
     try:
         n_kept, rank = int(facts["n_kept"]), int(facts["rank"])
@@ -477,10 +510,6 @@ def _facts(path: str, facts: Any) -> tuple[int, int]:
     if n_kept < 0 or rank < 0:
         raise CheckpointError(f"config.json says {facts!r} of module {path!r}; n_kept and rank >= 0 are needed.")
     return n_kept, rank
-
-
-def _stored_tensors(files: Iterable[str]) -> dict[str, TensorInfo]:
-    return {info.name: info for file in files for info in read_header(Path(file)).tensors}
 
 
 def _check_stored(path: str, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, TensorInfo]) -> None:

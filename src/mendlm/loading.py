@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mendlm.checkpoints.folder import open_folder
+from mendlm.checkpoints.header import Header
 from mendlm.checkpoints.plan import METHOD
 from mendlm.checkpoints.reader import open_shards, read_json_object
 from mendlm.devices import resolve_device
@@ -46,7 +47,7 @@ def load(
     CheckpointError : the folder is damaged: a tensor is missing, has another shape, or its bitmask is inconsistent.
     """
     folder, compressed = Path(path), is_compressed(path)
-    _check_files(folder)
+    headers = _check_files(folder)
     resolved = resolve_runtime(runtime)
     where = None if device is None else resolve_device(str(device))
     if not compressed and runtime != "auto":
@@ -55,7 +56,7 @@ def load(
         resolved = _runtime_for(folder, runtime, dtype, where or torch.device("cpu"))
     # torch makes semi-structured tensors on the device only: packed weights move there first.
     at_first = "packed" if resolved == "semi-structured" else resolved
-    model = _from_pretrained(folder, at_first if compressed else None, dtype)
+    model = _from_pretrained(folder, at_first if compressed else None, dtype, headers)
     if where is not None:
         model = model.to(where)
     if compressed and resolved == "semi-structured":
@@ -80,14 +81,15 @@ def is_compressed(path: str | Path) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
 
 
-def _check_files(folder: Path) -> None:
-    """Look at what transformers takes on trust: paths in the index, headers, and the number of layers.
+def _check_files(folder: Path) -> dict[Path, Header]:
+    """Look at what transformers takes on trust: paths in the index, headers (returned), and the number of layers.
 
     Raises
     ------
     CheckpointError : a file is missing, damaged or unsafe, or config.json asks for more layers than there are tensors.
     """
-    n_tensors = sum(len(shard.header.tensors) for shard in open_shards(folder))
+    headers = {shard.path: shard.header for shard in open_shards(folder)}
+    n_tensors = sum(len(header.tensors) for header in headers.values())
     config = read_json_object(folder / "config.json")
     for key in ("num_hidden_layers", "n_layer", "num_layers"):
         n_layers = config.get(key)
@@ -96,6 +98,7 @@ def _check_files(folder: Path) -> None:
                 f"config.json of {str(folder)!r} says {key} {n_layers}, and its files hold {n_tensors} tensors. "
                 "They are of different models: fetch both again."
             )
+    return headers
 
 
 def _runtime_for(folder: Path, name: str, dtype: torch.dtype | None, device: torch.device) -> str:
@@ -121,18 +124,23 @@ def _convert(model: Any, runtime: str) -> None:
                 raise located(err, path) from err
 
 
-def _from_pretrained(folder: Path, runtime: str | None, dtype: torch.dtype | None) -> Any:
+def _from_pretrained(
+    folder: Path, runtime: str | None, dtype: torch.dtype | None, headers: Mapping[Path, Header]
+) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from mendlm import hf
     from mendlm._quiet import quiet_transformers
 
     hf.register()
+    known = hf.known_headers.set(headers)
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             if runtime is not None:
-                config.quantization_config = {**config.quantization_config, "runtime": runtime}
+                facts = config.quantization_config
+                modules = hf.Unchanging(facts["modules"]) if isinstance(facts.get("modules"), dict) else None
+                config.quantization_config = {**facts, "modules": modules, "runtime": runtime}
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -147,6 +155,8 @@ def _from_pretrained(folder: Path, runtime: str | None, dtype: torch.dtype | Non
         except (OSError, ValueError, KeyError, RuntimeError) as err:
             reason = " ".join(str(err).split()) or type(err).__name__
             raise CheckpointError(f"transformers cannot open {str(folder)!r}: {reason[:500]}") from err
+        finally:
+            hf.known_headers.reset(known)
     # transformers fills what is missing with random numbers and warns, which nobody sees here.
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(

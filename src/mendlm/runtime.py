@@ -82,6 +82,12 @@ class SparseLowRankLinear(nn.Module):
     dtype, device : of the parameters.
     """
 
+    in_features: int
+    out_features: int
+    n_kept: int
+    rank: int
+    runtime: str
+    _half_of: int  # for the kernels, see `mendlm.packing.half_of`
     bias: nn.Parameter | None
     _sparse: Tensor  # S in the semi-structured runtime
     row_starts: Tensor | None
@@ -112,13 +118,18 @@ class SparseLowRankLinear(nn.Module):
 
     def _hold(self, tensors: Mapping[str, Tensor], in_features: int, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, tensors[LORA_B].shape[0]
-        self.n_kept, self.rank = tensors[VALUES].numel(), tensors[LORA_A].shape[0]
-        self.runtime: str = "packed"
+        # Past the tests of `Module.__setattr__`, which are for tensors and modules: a model has many layers.
+        self.__dict__.update(
+            in_features=in_features,
+            out_features=tensors[LORA_B].shape[0],
+            n_kept=tensors[VALUES].numel(),
+            rank=tensors[LORA_A].shape[0],
+            runtime="packed",
+            _half_of=0,  # not known
+        )
         self.weight_values = nn.Parameter(tensors[VALUES], requires_grad=False)
         self.register_buffer(BITMASK, tensors[BITMASK])
         self.register_buffer("row_starts", None, persistent=False)  # of S in weight_values, found when needed
-        self._half_of = 0  # not known
         self.lora_A = nn.Parameter(tensors[LORA_A])
         self.lora_B = nn.Parameter(tensors[LORA_B])
         self.bias = bias
@@ -126,7 +137,12 @@ class SparseLowRankLinear(nn.Module):
     def check(self) -> None:
         """Raise `CheckpointError` unless values and bitmask fit each other (packed runtime only)."""
         self.row_starts = check_packed(self.weight_values, self._bitmask, self.in_features)
-        self._half_of = half_of(self._bitmask)
+        self._look_for_halves()
+
+    def _look_for_halves(self) -> None:
+        """Find out what the kernels of CUDA can make use of; of a bitmask that was checked."""
+        if self._bitmask.is_cuda and self.row_starts is not None:
+            self._half_of = half_of(self._bitmask)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, d_in) -> (…, d_out), in the dtype of `x`."""
@@ -260,7 +276,10 @@ class SparseLowRankLinear(nn.Module):
                     "a semi-structured layer keeps its device and dtype: call set_runtime('packed') on it, move it, "
                     "and set the runtime again."
                 )
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.runtime == "packed":
+            self._look_for_halves()
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """S is saved packed, whatever it looks like in memory."""
