@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import mendlm
 from conftest import STEADY_HEAP, TinyLlama
+from faulting import bytes_of
 from mendlm import NM, TLR, Recipe, Unstructured
 from mendlm.calibration.activations import Activations
 from mendlm.calibration.blocks import BlockModel
@@ -48,10 +49,6 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calibration(text: Path, **more: Any) -> Calibration:
     fields = {"source": str(text), "n_sequences": 5, "seqlen": 24, "windows": "leading", "batch_size": 2} | more
     return Calibration(**fields)
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "mendlm.run.json"}
 
 
 @pytest.mark.parametrize("d_in", [7, 1100])

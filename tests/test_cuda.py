@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mendlm
+from faulting import bytes_of
 from mendlm import NM, TLR, Recipe, Unstructured
 from mendlm.config import Calibration, Matching
 from mendlm.evaluation.perplexity import evaluate
@@ -39,10 +40,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "owl": {"criterion": "wanda", "layer_sparsity": "owl", "pattern": Unstructured(0.5, "row"), "calibration": TEXT},
     "matched": {**GRAM, "match_blocks": Matching(n_steps=20, lr=0.01)},
 }
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "mendlm.run.json"}
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -15,6 +16,7 @@ import yaml
 
 import mendlm
 from mendlm import Recipe
+from mendlm.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -144,3 +146,19 @@ def test_the_format_example_reads_a_folder(tiny_llama: Path, tmp_path: Path) -> 
         os.chdir(here)
     weight = mendlm.load(tmp_path / "out").get_submodule("model.layers.0.mlp.up_proj").weight
     assert abs(names["W"] - weight.detach().numpy()).max() < 1e-6  # type: ignore[operator]
+
+
+def paper_commands() -> list[list[str]]:
+    """The runs that docs/paper.md asks someone with LLaMA-7B and a GPU for."""
+    lines = (ROOT / "docs" / "paper.md").read_text().splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("mendlm compress ")]
+
+
+@pytest.mark.parametrize("command", paper_commands(), ids=lambda command: command[2])
+def test_commands_of_the_paper_are_understood(
+    command: list[str], tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = [{"LLaMA-7B": str(tiny_llama), "cuda": "cpu", "128": "4"}.get(word, word) for word in command]
+    here[2] = str(tmp_path / here[2])
+    assert main([*here, "--dry-run"]) == 0
+    assert "14 of 20 to compress" in capsys.readouterr().out

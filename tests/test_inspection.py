@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mendlm.checkpoints.staging import partial_folder
-from mendlm.errors import CheckpointError, NonFiniteError, UsageError
+from mendlm.errors import CheckpointError, MendError, NonFiniteError, UsageError
 from mendlm.inspection import energy_frac, inspect, tensor_spectrum
 from mendlm.packing import pack_mask, unpack_mask
 
@@ -236,11 +236,15 @@ def test_damaged_records(packed: Path) -> None:
         inspect(packed)
 
 
-def test_unknown_layout(packed: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("layout", "braided", "layout 'braided'"), ("version", 2, "format version 2; this mendlm reads version 1")],
+)
+def test_another_format(packed: Path, key: str, value: object, message: str) -> None:
     config = json.loads((packed / "config.json").read_text())
-    config["quantization_config"]["layout"] = "braided"
+    config["quantization_config"][key] = value
     (packed / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="layout 'braided'"):
+    with pytest.raises(MendError, match=message):
         inspect(packed)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import mendlm
 from conftest import TinyLlama
+from faulting import bytes_of
 from mendlm import NM, TLR, Recipe, Unstructured
 from mendlm.calibration.activations import Activations
 from mendlm.calibration.matching import PackedWeight, State, batch_sizes, match_block, split_windows
@@ -34,10 +35,6 @@ def recipe(n_steps: int = N_STEPS, *, text: dict[str, Any] | None = None, **fiel
     )
     matching = Matching(n_steps=n_steps, lr=0.01) if n_steps else None
     return Recipe(**(DEFAULTS | {"calibration": calibration, "match_blocks": matching} | fields))
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "mendlm.run.json"}
 
 
 def matching_of(result: CompressionResult) -> tuple[BlockRecord, ...]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import mendlm
 from conftest import TinyLlama
+from faulting import bytes_of
 from mendlm import NM, TLR, Recipe, Unstructured
 from mendlm.checkpoints.staging import has_partial, partial_folder
 from mendlm.errors import NonFiniteError, StorageError, UsageError
@@ -41,11 +42,6 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
             assert file.metadata() == {"format": "pt"}
         found |= load_file(path)
     return found
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    """Every file that must be the same in every run."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "mendlm.run.json"}
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:

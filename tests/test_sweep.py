@@ -24,7 +24,7 @@ from mendlm.report.records import read_manifest
 from mendlm.sweeping import PointDone, SweepRecord, _sweep, frontier, plan_sweep, read_sweep, runner, sweep
 from mendlm.sweeping.grid import Grid, read_grid
 from mendlm.sweeping.records import line_of
-from mendlm.sweeping.runner import Evaluation, Job, run_jobs
+from mendlm.sweeping.runner import EvaluationSettings, Job, run_jobs
 from mendlm.sweeping.tables import markdown, rows_of
 
 TEXT = "The rain in Spain stays mainly in the plain. " * 12
@@ -255,7 +255,7 @@ else:
 
 
 def jobs(*names: str, out: Path | None = None) -> Iterable[Job]:
-    return (Job(name, "model", Evaluation(), None, None if out is None else str(out)) for name in names)
+    return (Job(name, "model", EvaluationSettings(), None, None if out is None else str(out)) for name in names)
 
 
 def test_a_process_that_dies_costs_its_point_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from mendlm.checkpoints.header import FLOATING, TensorInfo
-from mendlm.checkpoints.plan import LAYOUT, PARTS, VALUES
+from mendlm.checkpoints.plan import LAYOUT, PARTS, VALUES, VERSION
 from mendlm.checkpoints.reader import Checkpoint, Shard, open_checkpoint, read_tensor
 from mendlm.checkpoints.staging import has_partial
 from mendlm.errors import CheckpointError, UsageError
@@ -81,7 +81,8 @@ def open_folder(path: Path) -> Folder:
     Raises
     ------
     UsageError : no checkpoint there, an unfinished one, or one quantized by something else.
-    CheckpointError : a file is missing or damaged, or a compressed weight lacks a part.
+    CheckpointError : a file is missing or damaged, a compressed weight lacks a part, or the format is of another
+        version.
     """
     if not path.exists() and has_partial(path):
         raise UsageError(
@@ -95,6 +96,11 @@ def open_folder(path: Path) -> Folder:
         return Folder(checkpoint, "dense", {}, parts)
     if quantization.get("layout") != LAYOUT:
         raise UsageError(f"{str(path)!r} has layout {quantization.get('layout')!r}, this mendlm knows {LAYOUT!r}.")
+    if quantization.get("version") != VERSION:
+        raise CheckpointError(
+            f"{str(path)!r} has format version {quantization.get('version')!r}; this mendlm reads version {VERSION}. "
+            "Install the mendlm that wrote it, or a newer one."
+        )
     stems = sorted(name.removesuffix(VALUES) for name in parts if name.endswith(f".{VALUES}"))
     packed = {f"{stem}weight": gather(stem, parts) for stem in stems}
     # An empty tensor of the weight's own name may stand beside its parts: the guard against loading without mendlm.

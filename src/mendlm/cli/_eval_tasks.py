@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mendlm.cli._console import Column, format_seconds, json_only, print_facts, print_json, print_table
-from mendlm.cli._progress import ProgressView, progress_view
+from mendlm.cli._progress import ProgressView, counted, progress_view
 from mendlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _shown_on(view: ProgressView, models: Sequence[str]) -> Callable[[str, int, 
             if shown < 0 or not done % total:
                 view.started(names[model], done, total)
             shown = done * 100 // total
-            view.advanced(done, total, f"[{done:>{len(str(total))}}/{total}] {names[model]}")
+            view.advanced(done, total, f"{counted(done, total)} {names[model]}")
 
     return on_request
 

@@ -16,11 +16,11 @@ from mendlm.cli._console import (
     print_json,
     print_table,
 )
-from mendlm.cli._progress import progress_view
+from mendlm.cli._progress import counted, progress_view
 
 if TYPE_CHECKING:
     from mendlm.evaluation.comparison import PairedDifference
-    from mendlm.evaluation.folders import Evaluation, Step
+    from mendlm.evaluation.folders import Step, TextEvaluation
     from mendlm.evaluation.perplexity import PerplexityResult
 
 
@@ -48,7 +48,7 @@ def run_text(
 
             def on_window(step: Step) -> None:
                 what = f"{step.model} on {step.text}: " if several else ""
-                count = f"[{step.done:>{len(str(step.total))}}/{step.total}]"
+                count = counted(step.done, step.total)
                 view.advanced(step.share, 1.0, f"{what}{count} ppl so far {step.ppl:.4f}")
 
             evaluations = evaluate_each(
@@ -96,7 +96,7 @@ def _show_facts(result: PerplexityResult) -> None:
     print_facts(facts)
 
 
-def _show_table(evaluations: Sequence[Evaluation]) -> None:
+def _show_table(evaluations: Sequence[TextEvaluation]) -> None:
     """A row for each model on each text, the reference's before those that were compared with it."""
     compared = evaluations[0].comparison is not None
     paired = any(evaluation.difference is not None for evaluation in evaluations)
@@ -130,7 +130,7 @@ def _cells(result: PerplexityResult) -> list[str]:
     return [protocol["model"], protocol["text"], windows, f"{result.ppl:.4f}", _interval(result.ppl_ci95, ".2f")]
 
 
-def _legend(evaluations: Sequence[Evaluation], compared: bool, paired: bool) -> list[tuple[str, str]]:
+def _legend(evaluations: Sequence[TextEvaluation], compared: bool, paired: bool) -> list[tuple[str, str]]:
     result = evaluations[0].result
     facts = [("run on", f"{result.protocol['device']} in {result.protocol['dtype']}")]
     facts.append(("95 %", f"confidence intervals, from blocks of {_block_tokens(result)} in the first row"))

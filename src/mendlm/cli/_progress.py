@@ -27,6 +27,11 @@ class ProgressView(Protocol):
         """`done` of `total` is done; `line` describes the item that ended."""
 
 
+def counted(done: int, total: int) -> str:
+    """``[ 3/30]``, as wide for every item."""
+    return f"[{done:>{len(str(total))}}/{total}]"
+
+
 @contextlib.contextmanager
 def progress_view(stream: TextIO, label: str) -> Iterator[ProgressView]:
     """A bar on `stream` if it is a terminal that can move its cursor, else one flushed line per item."""

@@ -21,7 +21,7 @@ from mendlm.cli._console import (
     safe,
 )
 from mendlm.cli._options import ComputeDtypeOption, DeviceOption, JsonOption, TracebackOption
-from mendlm.cli._progress import ProgressView, progress_view
+from mendlm.cli._progress import ProgressView, counted, progress_view
 
 if TYPE_CHECKING:
     from mendlm.speed import BenchResult, RowDone, RowStarted, SpeedRow
@@ -112,7 +112,7 @@ def _on_row(view: ProgressView) -> Callable[[RowStarted | RowDone], None]:
             view.started(event.name, event.index - 1, event.n_rows)
         else:
             how = "measured" if event.row.unavailable is None else "cannot run here"
-            view.advanced(event.index, event.n_rows, f"[{event.index}/{event.n_rows}] {event.row.name} {how}")
+            view.advanced(event.index, event.n_rows, f"{counted(event.index, event.n_rows)} {event.row.name} {how}")
 
     return on_row
 

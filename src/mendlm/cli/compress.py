@@ -22,7 +22,7 @@ from mendlm.cli._console import (
     print_table,
 )
 from mendlm.cli._options import JsonOption, OverwriteOption, TracebackOption
-from mendlm.cli._progress import progress_view
+from mendlm.cli._progress import counted, progress_view
 from mendlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -299,9 +299,9 @@ def _run(stream: TextIO, model: str, recipe: Recipe, target: _Target) -> Compres
 
 
 def _line(event: TensorDone) -> str:
-    record, width = event.record, len(str(event.n_tensors))
+    record = event.record
     return (
-        f"[{event.index:>{width}}/{event.n_tensors}] {record.name}  {format_shape(record.shape)}  "
+        f"{counted(event.index, event.n_tensors)} {record.name}  {format_shape(record.shape)}  "
         f"n_kept {record.n_kept}  rank {record.rank}  rel_error {format_float(record.rel_error)}  "
         f"{format_seconds(event.seconds)}"
     )

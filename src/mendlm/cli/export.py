@@ -9,7 +9,7 @@ import typer
 
 from mendlm.cli._console import format_bytes, format_percent, format_seconds, json_only, print_facts, print_json
 from mendlm.cli._options import JsonOption, OverwriteOption, TracebackOption
-from mendlm.cli._progress import progress_view
+from mendlm.cli._progress import counted, progress_view
 from mendlm.errors import UsageError
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -71,7 +71,7 @@ def export(
         with progress_view(stream, "export") as view:
 
             def on_layer(done: int, total: int, name: str) -> None:
-                view.advanced(done, total, f"[{done:>{len(str(total))}}/{total}] {name}")
+                view.advanced(done, total, f"{counted(done, total)} {name}")
 
             result = run_export(
                 out,

@@ -21,7 +21,7 @@ from mendlm.cli._console import (
     print_table,
 )
 from mendlm.cli._options import DeviceOption, JsonOption, TracebackOption
-from mendlm.cli._progress import progress_view
+from mendlm.cli._progress import counted, progress_view
 from mendlm.cli.compress import recipe_of
 from mendlm.errors import UsageError
 
@@ -246,10 +246,10 @@ def _write(result: BudgetPlan, path: Path) -> None:
 
 
 def _line(event: CurvesDone) -> str:
-    curves, width = event.curves, len(str(event.n_tensors))
+    curves = event.curves
     n_ranks = len(curves.ranks)
     return (
-        f"[{event.index:>{width}}/{event.n_tensors}] {curves.name}  {format_shape(curves.shape)}  "
+        f"{counted(event.index, event.n_tensors)} {curves.name}  {format_shape(curves.shape)}  "
         f"{len(curves.curves)} pattern{'s' if len(curves.curves) > 1 else ''}  "
         f"{n_ranks} rank{'s' if n_ranks > 1 else ''}  {format_seconds(event.seconds)}"
     )

@@ -9,7 +9,7 @@ import typer
 
 from mendlm.cli._console import format_bytes, format_seconds, json_only, print_facts, print_json
 from mendlm.cli._options import JsonOption, TracebackOption
-from mendlm.cli._progress import progress_view
+from mendlm.cli._progress import counted, progress_view
 from mendlm.errors import UsageError
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -103,7 +103,7 @@ def report(
         with progress_view(stream, "report") as view:
 
             def on_step(done: int, total: int, what: str) -> None:
-                view.advanced(done, total, f"[{done:>{len(str(total))}}/{total}] {what}")
+                view.advanced(done, total, f"{counted(done, total)} {what}")
 
             result = run_report(
                 outs,

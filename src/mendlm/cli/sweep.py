@@ -22,7 +22,7 @@ from mendlm.cli._console import (
 )
 from mendlm.cli._errors import FAILED
 from mendlm.cli._options import DeviceOption, JsonOption, TracebackOption
-from mendlm.cli._progress import progress_view
+from mendlm.cli._progress import counted, progress_view
 
 if TYPE_CHECKING:
     from mendlm.sweeping import PointDone, SweepEvent, SweepPlan, SweepResult
@@ -155,8 +155,8 @@ def sweep(
 
 
 def _line(event: PointDone) -> str:
-    record, width = event.record, len(str(event.n_points))
-    head = f"[{event.n_done:>{width}}/{event.n_points}] {record.name}"
+    record = event.record
+    head = f"{counted(event.n_done, event.n_points)} {record.name}"
     if record.status == "failed":
         return f"{head}  failed: {record.error}"
     return (

@@ -20,7 +20,7 @@ from mendlm.evaluation.text import Source, dataset_source, load_tokenizer, text_
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class TextEvaluation:
     """One model on one text.
 
     Attributes
@@ -65,7 +65,7 @@ def evaluate_each(
     dtype: str | torch.dtype | None = None,
     runtime: str | None = None,
     progress: Callable[[Step], None] | None = None,
-) -> list[Evaluation]:
+) -> list[TextEvaluation]:
     """Evaluate each model on each text, against a reference if one is given.
 
     Texts are read and tokenised, each with every model's own tokenizer, before the first model is loaded.
@@ -82,7 +82,7 @@ def evaluate_each(
 
     Returns
     -------
-    list of Evaluation, text by text, the models in the order given.
+    list of TextEvaluation, text by text, the models in the order given.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def evaluate_each(
     work = [[_n_windows(ids, seqlen, n_windows) for ids in streams[index]] for index in range(len(models))]
     whole, before = sum(map(sum, work)), 0
     baseline = None if reference is None else opened(len(models))
-    found: list[list[Evaluation]] = [[] for _ in sources]
+    found: list[list[TextEvaluation]] = [[] for _ in sources]
     for index, (folder, tokenizer) in enumerate(zip(models, tokenizers, strict=False)):
         model = opened(index)
         for j, source in enumerate(sources):
@@ -120,14 +120,14 @@ def evaluate_each(
             with _saying(f"{folder} on {source.name}" if many else None):
                 if baseline is None:
                     result = with_source(perplexity(model, streams[index][j], **options), folder, tokenizer, source)
-                    found[j].append(Evaluation(result, _from_first(result, found[j])))
+                    found[j].append(TextEvaluation(result, _from_first(result, found[j])))
                 else:
                     pair = compare(model, baseline, streams[index][j], **options)
                     ours = with_source(pair.model, folder, tokenizer, source)
                     theirs = with_source(pair.reference, folders[-1], tokenizers[-1], source)
                     named = replace(pair.difference, baseline=str(reference))
                     pair = replace(pair, model=ours, reference=theirs, difference=named)
-                    found[j].append(Evaluation(ours, named, pair))
+                    found[j].append(TextEvaluation(ours, named, pair))
             before += work[index][j]
         del model  # before the next one comes
     return [evaluation for of_text in found for evaluation in of_text]
@@ -188,7 +188,7 @@ def _n_windows(ids: Tensor, seqlen: int | None, n_windows: int | None) -> int:
     return max(1, available if n_windows is None else min(available, n_windows))
 
 
-def _from_first(result: PerplexityResult, before: Sequence[Evaluation]) -> PairedDifference | None:
+def _from_first(result: PerplexityResult, before: Sequence[TextEvaluation]) -> PairedDifference | None:
     if not before:
         return None
     first = before[0].result

@@ -13,7 +13,6 @@ from typing import Any
 import mendlm
 from mendlm.checkpoints.finish import make_index, side_files, to_json
 from mendlm.checkpoints.folder import Folder, open_folder
-from mendlm.checkpoints.plan import VERSION
 from mendlm.checkpoints.reader import CONFIG_FILE, INDEX_FILE, as_bytes, read_chunks
 from mendlm.checkpoints.staging import Staging, check_space, check_target, open_staging
 from mendlm.checkpoints.writer import ShardLayout, ShardWriter, copy_file, write_file
@@ -164,13 +163,7 @@ def _open(folder: Path) -> Folder:
     opened = open_folder(folder)
     if opened.layout == "dense":
         raise UsageError(f"{str(folder)!r} is not compressed by mendlm. Give a folder that mendlm compress wrote.")
-    quantization = opened.config["quantization_config"]
-    if quantization.get("version") != VERSION:
-        raise CheckpointError(
-            f"{str(folder)!r} has format version {quantization.get('version')!r}; this mendlm reads version "
-            f"{VERSION}. Install the mendlm that wrote it, or a newer one."
-        )
-    _check_modules(quantization.get("modules"), opened)
+    _check_modules(opened.config["quantization_config"].get("modules"), opened)
     return opened
 
 

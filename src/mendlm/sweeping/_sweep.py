@@ -27,7 +27,7 @@ from mendlm.planning import make_plan
 from mendlm.report.records import Totals
 from mendlm.sweeping.grid import Point, Skipped, read_grid
 from mendlm.sweeping.records import DENSE, FORMAT, SWEEP_FILE, SweepRecord, frontier, line_of, read_sweep
-from mendlm.sweeping.runner import Evaluation, Job, remove_work, run_jobs
+from mendlm.sweeping.runner import EvaluationSettings, Job, remove_work, run_jobs
 from mendlm.sweeping.tables import markdown
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def plan_sweep(
     ------
     UsageError, MendError : as `sweep`.
     """
-    evaluation = Evaluation(None if text is None else str(text), dataset, n_windows, seqlen)
+    evaluation = EvaluationSettings(None if text is None else str(text), dataset, n_windows, seqlen)
     return _Setup(source, model, out, evaluation, device).plan
 
 
@@ -234,7 +234,7 @@ def sweep(
     lookup(dict.fromkeys(KEEP), keep, "keep")
     if workers < 1:
         raise UsageError(f"workers must be at least 1, got {workers!r}.")
-    evaluation = Evaluation(None if text is None else str(text), dataset, n_windows, seqlen)
+    evaluation = EvaluationSettings(None if text is None else str(text), dataset, n_windows, seqlen)
     setup = _Setup(source, model, out, evaluation, device)
     with _opened(setup.out):
         setup.write()
@@ -260,7 +260,7 @@ class _Setup:
         source: str | Path | Mapping[str, Any],
         model: str | Path,
         out: str | Path,
-        evaluation: Evaluation,
+        evaluation: EvaluationSettings,
         device: str,
     ) -> None:
         where = resolve_device(device)
@@ -424,7 +424,7 @@ class _Run:
             (self._setup.out / "points").rmdir()
 
 
-def _resolved(given: Evaluation, settings: Any) -> Evaluation:
+def _resolved(given: EvaluationSettings, settings: Any) -> EvaluationSettings:
     """What was given, over what the file says."""
     from_file = given.text is None and given.dataset is None
     text = settings.text if from_file else given.text
@@ -437,7 +437,7 @@ def _resolved(given: Evaluation, settings: Any) -> Evaluation:
         )
     n_windows = settings.n_windows if given.n_windows is None else given.n_windows
     seqlen = settings.seqlen if given.seqlen is None else given.seqlen
-    return Evaluation(text, dataset, n_windows, seqlen)
+    return EvaluationSettings(text, dataset, n_windows, seqlen)
 
 
 def _calibration_file(recipe: Recipe) -> Path | None:

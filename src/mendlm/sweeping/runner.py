@@ -25,7 +25,7 @@ _STOP_SECONDS = 30.0  # that processes have to stop by themselves, after which t
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationSettings:
     """What is evaluated on; as in `mendlm.evaluation.perplexity.evaluate`."""
 
     text: str | None = None
@@ -50,7 +50,7 @@ class Job:
 
     name: str
     model: str
-    evaluation: Evaluation
+    evaluation: EvaluationSettings
     recipe: Mapping[str, Any] | None = None
     out: str | None = None
     device: str = "cpu"
