@@ -20,9 +20,16 @@ from mendlm.checkpoints.header import encode_header, parse_header
 from mendlm.checkpoints.journal import Entry, Journal
 from mendlm.checkpoints.reader import check_index, check_weight_map, parse_json_object
 from mendlm.config import Recipe
+from mendlm.curves import ErrorCurve, TensorCurves
 from mendlm.errors import MendError
+from mendlm.evaluation.printed import read_evaluations
+from mendlm.measuring import ModelCurves
 from mendlm.packing import check_packed, pack_mask, unpack
+from mendlm.patterns import NM
 from mendlm.report.records import read_manifest
+from mendlm.sweeping.grid import read_grid
+from mendlm.sweeping.records import FORMAT as SWEEP_FORMAT
+from mendlm.sweeping.records import SWEEP_FILE, SweepRecord, frontier, read_sweep
 
 Target = Callable[[random.Random], None]
 
@@ -179,6 +186,72 @@ def recipe_in(folder: Path) -> Target:
     return parse
 
 
+def grid_in(folder: Path) -> Target:
+    """The file of a sweep."""
+    valid = {
+        "pattern": {"sparsity": 0.5},
+        "refiner": "tlr",
+        "sweep": {"axes": {"rank": [2, 4], "criterion": ["magnitude", "random"]}, "points": [{"rank": 8}]},
+    }
+    yaml = (
+        b"criterion: magnitude\nsweep:\n  axes:\n    rank: [2, 4]\n    pattern: ['2:4', {sparsity: 0.5}]\n"
+        b"  exclude:\n    - {rank: 2, pattern: '2:4'}\n  n_windows: 2\n"
+    )
+
+    def parse(rng: random.Random) -> None:
+        kind = rng.choice(("yaml", "json"))
+        path = folder / f"grid.{kind}"
+        path.write_bytes(mutate_bytes(rng, yaml) if kind == "yaml" else mutate_json(rng, valid))
+        read_grid(path, lambda recipe: None)
+
+    return parse
+
+
+def sweep_in(folder: Path) -> Target:
+    """The records of a sweep, one a line."""
+    recipe, sha = Recipe(rank=2).to_dict(), "0" * 64
+    record = SweepRecord(
+        "rank=2", sha, {"rank": 2}, "done", None, recipe, sha, sha, {"n_windows": 2}, 20.5, 3.02, 100, 60
+    )
+    row = record.to_dict() | {"format": SWEEP_FORMAT}
+
+    def parse(rng: random.Random) -> None:
+        mutated = mutate_json(rng, row) if rng.random() < 0.7 else mutate_bytes(rng, json.dumps(row).encode())
+        (folder / SWEEP_FILE).write_bytes(json.dumps(row).encode() + b"\n" + mutated + b"\n")
+        for found in read_sweep(folder):
+            found.to_dict()
+            frontier([found])
+
+    return parse
+
+
+def curves_in(folder: Path) -> Target:
+    """The error curves that mendlm plan keeps."""
+    path = folder / "curves.json"
+    curve = ErrorCurve(NM(2, 4), 8, (0.5, 0.25, 0.125))
+    ModelCurves({"model": "x"}, {"a": TensorCurves("a", (4, 4), 2.0, (0, 1, 2), (curve,))}).save(path)
+    valid = json.loads(path.read_bytes())
+
+    def parse(rng: random.Random) -> None:
+        path.write_bytes(mutate_json(rng, valid))
+        ModelCurves.load(path)
+
+    return parse
+
+
+def evaluations_in(folder: Path) -> Target:
+    """What mendlm eval --json prints."""
+    path = folder / "evaluation.json"
+    protocol = {"model": "m", "text": "t.txt", "dtype": "float32"}
+    valid = [{"ppl": 20.5, "nll": 3.02, "n_windows": 2, "seqlen": 51, "protocol": protocol}] * 2
+
+    def parse(rng: random.Random) -> None:
+        path.write_bytes(mutate_json(rng, valid))
+        read_evaluations([path])
+
+    return parse
+
+
 def manifest_in(folder: Path, valid: dict[str, Any]) -> Target:
     """mendlm.json."""
 
@@ -198,6 +271,10 @@ def targets(folder: Path) -> dict[str, Target]:
         "gguf": gguf,
         "journal": journal_in(folder),
         "recipe": recipe_in(folder),
+        "grid": grid_in(folder),
+        "sweep": sweep_in(folder),
+        "curves": curves_in(folder),
+        "evaluations": evaluations_in(folder),
     }
 
 

@@ -9,7 +9,18 @@ import pytest
 
 import fuzzing
 
-COUNTS = {"header": 40_000, "index": 30_000, "packed": 8_000, "gguf": 20_000, "journal": 1_500, "recipe": 1_000}
+COUNTS = {
+    "header": 40_000,
+    "index": 30_000,
+    "packed": 8_000,
+    "gguf": 20_000,
+    "journal": 1_500,
+    "recipe": 1_000,
+    "grid": 600,
+    "sweep": 3_000,
+    "curves": 2_000,
+    "evaluations": 2_000,
+}
 
 
 @pytest.mark.parametrize("name", COUNTS)

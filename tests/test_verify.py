@@ -20,14 +20,17 @@ import mendlm
 from mendlm import NM, TLR, Recipe, Tiles, Unstructured
 from mendlm.checkpoints.staging import partial_folder
 from mendlm.cli import main
+from mendlm.config import Calibration, Matching
 from mendlm.errors import UsageError
 from mendlm.pipeline import compress
 from mendlm.verifying import CHECKS, Verification, verify
+from test_family_models import KINDS, Kind, build
 
 if TYPE_CHECKING:
     from conftest import TinyLlama
 
 RECIPE = Recipe(refiner=TLR(rank=4, n_iter=2), pattern=NM(2, 4))
+TEXT = Calibration(source="random-tokens", n_sequences=4, seqlen=16)
 LAYER = "model.layers.1.mlp.up_proj"  # (96, 64)
 
 
@@ -120,12 +123,25 @@ def test_sharded_converted_and_row_by_row(sharded: tuple[Path, Path]) -> None:
         Recipe(refiner="oats", rank=2, n_iter=2),
         Recipe(refiner="pcp", rank=2, n_iter=2),
         Recipe(refiner=TLR(rank=2, n_iter=1), overrides=({"match": "*.0.*", "pattern": "2:4", "rank": 1},)),
+        Recipe(criterion="sparsegpt", refiner=TLR(rank=2, n_iter=1), metric="gram", calibration=TEXT, pattern=NM(2, 4)),
+        Recipe(refiner="joint-admm", rank=2, n_iter=2, calibration=TEXT, match_blocks=Matching(n_steps=4)),
+        Recipe(criterion="wanda", refiner="none", layer_sparsity="owl", calibration=TEXT),
     ],
     ids=lambda recipe: f"{recipe.refiner}-{recipe.pattern}",
 )
 def test_other_recipes_pass(tiny_llama: Path, tmp_path: Path, recipe: Recipe) -> None:
     compress(tiny_llama, tmp_path / "out", recipe)
     assert verify(tmp_path / "out", tiny_llama).findings == ()
+
+
+@pytest.mark.parametrize(
+    "kind", [KINDS[-1], *(kind for kind in KINDS if kind.model_type in ("gpt2", "mixtral"))], ids=str
+)
+def test_experts_and_transposed_weights_pass(kind: Kind, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    build(kind).save_pretrained(dense, save_original_format=not kind.stacked)
+    compress(dense, tmp_path / "out", Recipe(refiner=TLR(rank=2, n_iter=1), pattern=NM(2, 4)))
+    assert verify(tmp_path / "out", dense).findings == ()
 
 
 # ---------------------------------------------------------------------------------------------- damaged files

@@ -98,7 +98,7 @@ class TensorCurves:
             )
             ranks = tuple(map(int, fields["ranks"]))
             found = cls(str(fields["name"]), (int(d_out), int(d_in)), float(fields["energy"]), ranks, curves)
-        except (KeyError, TypeError, ValueError) as err:
+        except (KeyError, TypeError, ValueError, OverflowError) as err:
             raise CheckpointError(f"the curves of a tensor are damaged: {err}.") from err
         if any(len(curve.errors) != len(ranks) for curve in curves):
             raise CheckpointError(f"the curves of {found.name!r} are damaged: they do not have an error for each rank.")

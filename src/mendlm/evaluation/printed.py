@@ -47,7 +47,7 @@ def read_evaluations(files: Iterable[str | Path]) -> tuple[Evaluation, ...]:
             rows = [evaluation_of(row) for row in _results(parsed)]
         except OSError as err:
             raise UsageError(f"cannot read {str(file)!r}: {err.strerror or err}.") from err
-        except (ValueError, KeyError, TypeError, RecursionError) as err:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as err:
             raise UsageError(f"{str(file)!r} is not what 'mendlm eval --json' prints ({err!r}).") from err
         if not rows:
             raise UsageError(

@@ -87,11 +87,21 @@ class SweepRecord:
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; fields of a newer version are ignored."""
+        """The inverse of `to_dict`; fields of a newer version are ignored.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError, OverflowError : it is not one.
+        """
+        from pydantic import TypeAdapter
+
         known = {f.name: row[f.name] for f in dataclasses.fields(cls) if f.name in row}
         if known.get("ppl") is None and known.get("nll") is not None:
             known["ppl"] = math.inf
-        return cls(**known)
+        found = TypeAdapter(cls).validate_python(known)
+        if found.ratio is not None and found.ratio < 0:
+            raise ValueError("bytes below 0")
+        return found
 
 
 def frontier(records: Iterable[SweepRecord]) -> tuple[SweepRecord, ...]:
@@ -144,9 +154,10 @@ def _records(file: Path, lines: Sequence[bytes]) -> Iterable[SweepRecord]:
             if row["format"] != FORMAT:
                 raise ValueError(f"format {row['format']!r}")
             yield SweepRecord.from_dict(row)
-        except (ValueError, KeyError, TypeError, RecursionError) as err:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as err:
+            why = " ".join(str(err).split())[:300]
             raise CheckpointError(
-                f"line {number} of {str(file)!r} is no record of a sweep ({err!r}). Delete that line: its point runs "
+                f"line {number} of {str(file)!r} is no record of a sweep ({why}). Delete that line: its point runs "
                 "again."
             ) from err
 
