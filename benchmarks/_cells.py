@@ -20,7 +20,7 @@ from mendlm.cli._app import build_command
 from mendlm.cli._errors import Session
 from mendlm.cli.compress import recipe_of
 from mendlm.config import Recipe
-from mendlm.sweeping.runner import Evaluation, Job, remove_work, run_jobs
+from mendlm.sweeping.runner import EvaluationSettings, Job, remove_work, run_jobs
 
 Key = tuple[str, ...]
 N_WINDOWS = 8  # of 2048 tokens
@@ -99,7 +99,7 @@ class Cells:
     def _job(self, key: Key) -> Job:
         """What has to be run for a cell; the dense model for flags None."""
         name, flags = json.dumps(key), self._flags_of(key)
-        evaluation = Evaluation(text=str(wikitext()), n_windows=N_WINDOWS)
+        evaluation = EvaluationSettings(text=str(wikitext()), n_windows=N_WINDOWS)
         if flags is None:
             return Job(name, str(smollm2()), evaluation)
         # By name and flags: a cell whose flags have changed does not go on with the work of the old ones.

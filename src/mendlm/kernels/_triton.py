@@ -1,4 +1,4 @@
-"""`packed_linear` on CUDA: the bitmask is unpacked, multiplied and mended in one Triton kernel, for few tokens.
+"""Packed weights on CUDA, in Triton: products with few tokens, S as a dense matrix, and low-rank sums for many tokens.
 
 Import this module only where Triton is installed and wanted. `TRITON_INTERPRET=1`, set before Triton is imported, runs
 the kernels on CPU tensors.
@@ -99,7 +99,7 @@ def unpack(values: Tensor, bitmask: Tensor, row_starts: Tensor, d_in: int, half_
 def add_product(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
     """``y + h @ lora_B.T`` into `y` (n_tokens, d_out) and back, with sums in float32; all of one dtype of two bytes.
 
-    cuBLAS takes twice the time for as few columns (H100, bfloat16, 4096 x 11008, rank 128: 159 µs).
+    cuBLAS takes 159 µs for as few columns, where the bytes of y need 60 (H100, bfloat16, 4096 x 11008, rank 128).
     """
     n_tokens, d_out = y.shape
     rank = h.shape[1]
