@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import struct
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from mendlm.checkpoints.finish import to_json
+from mendlm.checkpoints.finish import hash_files, to_json
 from mendlm.checkpoints.folder import Part, open_folder
 from mendlm.checkpoints.header import encode_header, read_header, tensor_bytes
 from mendlm.checkpoints.journal import Entry, Journal
@@ -508,3 +509,19 @@ def test_check_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="holds the current folder"):
         check_target("..", model)
     assert check_target("out", model) == tmp_path / "work" / "here" / "out"
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_files_are_hashed_by_several_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_threads: int) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    names = [f"{i}.bin" for i in range(7)]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_bytes(bytes([i]) * (i * 100_000))
+    found = hash_files(tmp_path, names)
+    assert list(found) == names
+    for name, entry in found.items():
+        data = (tmp_path / name).read_bytes()
+        assert entry == {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+    (tmp_path / names[3]).unlink()
+    with pytest.raises(CheckpointError, match=r"3\.bin"):
+        hash_files(tmp_path, names)
