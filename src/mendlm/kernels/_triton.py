@@ -224,6 +224,17 @@ def multiply_one(
     tl.store(y + rows, out.to(y.dtype.element_ty), mask=is_row)
 
 
+def bits_of(byte: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The bits of each byte, one in each nibble of a word, and how many of them are set up to there, in nibbles too."""
+    spread = (byte | (byte << 12)) & 0x000F000F
+    spread = (spread | (spread << 6)) & 0x03030303
+    spread = (spread | (spread << 3)) & 0x11111111
+    return spread, spread * 0x11111111
+
+
+_bits_of = triton.jit(bits_of)
+
+
 def entry(
     bit: tl.constexpr, first: tl.tensor, word: tl.tensor, spread: tl.tensor, counts: tl.tensor, WORDS: tl.constexpr
 ) -> tl.tensor:
@@ -285,7 +296,6 @@ def multiply(
     """A block of rows with a block of tokens, 8 x BYTES columns after the other.
 
     The kept values of a row lie one after the other, so the place of each is the number of bits set before its own.
-    The eight counts within a byte come from one product: its bits, spread to the nibbles of a word, times 0x11111111.
     With one token a thread takes single entries, so that neighbours read neighbours, and keeps its own sums to the end;
     with more it takes whole bytes and goes through their bits by turns.
     """
@@ -304,10 +314,7 @@ def multiply(
         places = start + tl.arange(0, BYTES)
         wanted = is_row[:, None] & (places < n_bytes)[None, :]
         byte = tl.load(bitmask + rows[:, None] * n_bytes + places[None, :], mask=wanted, other=0).to(tl.uint32)
-        spread = (byte | (byte << 12)) & 0x000F000F
-        spread = (spread | (spread << 6)) & 0x03030303
-        spread = (spread | (spread << 3)) & 0x11111111
-        counts = spread * 0x11111111
+        spread, counts = _bits_of(byte)
         if WORDS:
             word = byte.to(tl.int64)
             first = row_values[:, None] + 4 * places[None, :]
@@ -373,10 +380,7 @@ def unpack_rows(
         places = start + tl.arange(0, BYTES)
         wanted = is_row[:, None] & (places < n_bytes)[None, :]
         byte = tl.load(bitmask + rows[:, None] * n_bytes + places[None, :], mask=wanted, other=0).to(tl.uint32)
-        spread = (byte | (byte << 12)) & 0x000F000F
-        spread = (spread | (spread << 6)) & 0x03030303
-        spread = (spread | (spread << 3)) & 0x11111111
-        counts = spread * 0x11111111
+        spread, counts = _bits_of(byte)
         if WORDS:
             first = row_values[:, None] + 4 * places[None, :]
             word = tl.load(first.to(tl.pointer_type(tl.int64)), mask=wanted, other=0)
