@@ -3,9 +3,9 @@
     python benchmarks/gpu_compress.py FOLDER [--blocks 32] [--workers 1] [--exact-n-iter 50]
 
 FOLDER is on a fast disk, or in memory (a tmpfs), with room for 23 GB at 32 blocks; the checkpoint is made in it, on the
-device, unless it is there. Three tables in one: the rates of the device; single matrices with the exact solver against
-the subspace iteration, time and error; the whole checkpoint, from the first byte read to the last one written, and what
-share of the device's float32 matrix rate its products come to.
+device, unless it is there. Two tables in one: the whole checkpoint, from the first byte read to the last one written,
+and what share of the device's float32 matrix rate its products come to; single matrices with the exact solver against
+the subspace iteration, time and error.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Awaited(nn.Module):
 class PackedFiles:
     """The safetensors files of a packed checkpoint, opened by memory map; writing to a tensor does not change the file.
 
-    A tensor is a view of the map, a tenth of the time that safetensors takes for it.
+    A tensor is a view of the map, in a fifth of the time that safetensors takes for it.
 
     Parameters
     ----------

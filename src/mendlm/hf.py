@@ -6,7 +6,6 @@ it by `import mendlm` (see `_import_hook`).
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 import types
@@ -78,14 +77,10 @@ class MendlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"quantization_config has modules {modules!r}; it must name the compressed layers. Fetch config.json "
                 "again. (To choose a runtime, call mendlm.load(folder, runtime=...) instead of passing a config.)"
             )
-        self.modules = dict(modules)
+        self.modules = Unchanging(modules)
         self.runtime = resolve_runtime(runtime)
         # transformers reads this name: True makes it forget the quantization once the model is built.
         self.dequantize = self.runtime == "merged"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MendlmConfig:
-        """With the same `modules`, which nobody changes."""
-        return copy.copy(self)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
@@ -144,7 +139,9 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
         self._take_places(model, names, places, stored, filled_here=self._device is not None)
         self._sources = {place: path for path, place in places.items()}
         # From here on in the names that save_pretrained will write for this model.
-        config.modules = {names.when_saved(path, places[path]): facts for path, facts in config.modules.items()}
+        config.modules = Unchanging(
+            {names.when_saved(path, places[path]): facts for path, facts in config.modules.items()}
+        )
         self.paths = dict(zip(config.modules, places.values(), strict=True))
         self.guard = None
         if config.guard is not None:

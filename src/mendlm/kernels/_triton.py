@@ -224,15 +224,42 @@ def multiply_one(
     tl.store(y + rows, out.to(y.dtype.element_ty), mask=is_row)
 
 
-def bits_of(byte: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The bits of each byte, one in each nibble of a word, and how many of them are set up to there, in nibbles too."""
+def bytes_of(
+    bitmask: tl.tensor,
+    row_values: tl.tensor,
+    rows: tl.tensor,
+    is_row: tl.tensor,
+    places: tl.tensor,
+    n_before: tl.tensor,
+    n_bytes: tl.constexpr,
+    WORDS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """What `entry` needs of the bytes (rows, places) of a bitmask, and `n_before` after them.
+
+    The kept values of a row lie one after the other, so the place of each is the number of bits set before its own.
+
+    Parameters
+    ----------
+    row_values : where the values of each row begin.
+    n_before : how many of them come before these bytes; not counted with WORDS, as every byte keeps four.
+    """
+    wanted = is_row[:, None] & (places < n_bytes)[None, :]
+    byte = tl.load(bitmask + rows[:, None] * n_bytes + places[None, :], mask=wanted, other=0).to(tl.uint32)
     spread = (byte | (byte << 12)) & 0x000F000F
     spread = (spread | (spread << 6)) & 0x03030303
     spread = (spread | (spread << 3)) & 0x11111111
-    return spread, spread * 0x11111111
+    counts = spread * 0x11111111
+    if WORDS:
+        first = row_values[:, None] + 4 * places[None, :]
+        word = tl.load(first.to(tl.pointer_type(tl.int64)), mask=wanted, other=0)
+    else:
+        word = (counts >> 28).to(tl.int32)  # how many the byte keeps; nobody asks for more
+        first = row_values[:, None] + (n_before[:, None] + tl.cumsum(word, axis=1) - word)
+        n_before += tl.sum(word, axis=1)
+    return first, word, spread, counts, n_before
 
 
-_bits_of = triton.jit(bits_of)
+_bytes_of = triton.jit(bytes_of)
 
 
 def entry(
@@ -295,7 +322,6 @@ def multiply(
 ) -> None:
     """A block of rows with a block of tokens, 8 x BYTES columns after the other.
 
-    The kept values of a row lie one after the other, so the place of each is the number of bits set before its own.
     With one token a thread takes single entries, so that neighbours read neighbours, and keeps its own sums to the end;
     with more it takes whole bytes and goes through their bits by turns.
     """
@@ -312,18 +338,8 @@ def multiply(
         sums = tl.zeros((ROWS, TOKENS), tl.float32)
     for start in range(0, n_bytes, BYTES):
         places = start + tl.arange(0, BYTES)
-        wanted = is_row[:, None] & (places < n_bytes)[None, :]
-        byte = tl.load(bitmask + rows[:, None] * n_bytes + places[None, :], mask=wanted, other=0).to(tl.uint32)
-        spread, counts = _bits_of(byte)
-        if WORDS:
-            word = byte.to(tl.int64)
-            first = row_values[:, None] + 4 * places[None, :]
-            if TOKENS > 1:
-                word = tl.load(first.to(tl.pointer_type(tl.int64)), mask=wanted, other=0)
-        else:
-            word = (counts >> 28).to(tl.int32)  # how many the byte keeps
-            first = row_values[:, None] + (n_before[:, None] + tl.cumsum(word, axis=1) - word)
-            n_before += tl.sum(word, axis=1)
+        found = _bytes_of(bitmask, row_values, rows, is_row, places, n_before, n_bytes, WORDS)
+        first, word, spread, counts, n_before = found
         if TOKENS == 1:
             is_kept = ((spread[:, :, None] >> nibble) & 1) != 0
             within = ((counts[:, :, None] >> nibble) & 15).to(tl.int32) - 1
@@ -378,20 +394,12 @@ def unpack_rows(
     n_before = tl.zeros((ROWS,), tl.int32)
     for start in range(0, n_bytes, BYTES):
         places = start + tl.arange(0, BYTES)
-        wanted = is_row[:, None] & (places < n_bytes)[None, :]
-        byte = tl.load(bitmask + rows[:, None] * n_bytes + places[None, :], mask=wanted, other=0).to(tl.uint32)
-        spread, counts = _bits_of(byte)
-        if WORDS:
-            first = row_values[:, None] + 4 * places[None, :]
-            word = tl.load(first.to(tl.pointer_type(tl.int64)), mask=wanted, other=0)
-        else:
-            word = (counts >> 28).to(tl.int32)
-            first = row_values[:, None] + (n_before[:, None] + tl.cumsum(word, axis=1) - word)
-            n_before += tl.sum(word, axis=1)
+        found = _bytes_of(bitmask, row_values, rows, is_row, places, n_before, n_bytes, WORDS)
+        first, word, spread, counts, n_before = found
         columns = 8 * start + tl.arange(0, 8 * BYTES)
         wanted = is_row[:, None] & (columns < d_in)[None, :]
-        found = tl.reshape(_entries(first, word, spread, counts, WORDS), (ROWS, 8 * BYTES))
-        tl.store(S + rows[:, None] * d_in + columns[None, :], found, mask=wanted)
+        block = tl.reshape(_entries(first, word, spread, counts, WORDS), (ROWS, 8 * BYTES))
+        tl.store(S + rows[:, None] * d_in + columns[None, :], block, mask=wanted)
 
 
 _unpack = triton.jit(unpack_rows)

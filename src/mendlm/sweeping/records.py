@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -93,15 +94,21 @@ class SweepRecord:
         ------
         KeyError, TypeError, ValueError, OverflowError : it is not one.
         """
-        from pydantic import TypeAdapter
-
         known = {f.name: row[f.name] for f in dataclasses.fields(cls) if f.name in row}
         if known.get("ppl") is None and known.get("nll") is not None:
             known["ppl"] = math.inf
-        found = TypeAdapter(cls).validate_python(known)
+        found: Self = _adapter().validate_python(known)
         if found.ratio is not None and found.ratio < 0:
             raise ValueError("bytes below 0")
         return found
+
+
+@cache
+def _adapter() -> Any:
+    """What checks the types of a record's fields; made once, as that takes the time of hundreds of checks."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(SweepRecord)
 
 
 def frontier(records: Iterable[SweepRecord]) -> tuple[SweepRecord, ...]:
