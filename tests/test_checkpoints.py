@@ -68,7 +68,7 @@ files = st.dictionaries(st.text(min_size=1, max_size=6), st.tuples(st.sampled_fr
 
 
 @given(files)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_we_write_safetensors_reads_and_back(tmp_path: Path, content: dict[str, tuple[str, list[int]]]) -> None:
     content.pop("__metadata__", None)
     tensors = {

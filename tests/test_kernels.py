@@ -69,7 +69,7 @@ def assert_right(y: Tensor, x: Tensor, mask: Tensor, operands: tuple[Tensor, ...
 
 @built
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     d_out=st.integers(0, 40),
     d_in=st.integers(1, 200),

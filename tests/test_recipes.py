@@ -231,9 +231,7 @@ PIECES = ["\n", "\n  ", "\n- ", ": ", "- ", ", ", "&a ", "!!set ", "\t", "\u2028
 
 
 @pytest.mark.parametrize("name", ["r.yaml", "r.json"])
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
-)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(text=st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
 def test_any_text_is_a_recipe_or_one_sentence(tmp_path: Path, name: str, text: str) -> None:
     path = tmp_path / name

@@ -89,7 +89,7 @@ def test_lost_worker_costs_its_task_and_a_restart(scaling: ModuleType) -> None:
     assert scaling.simulate(one, 2, losses={0: 0.5}, restart=300).makespan == 12
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seconds=st.lists(st.integers(1, 20), min_size=1, max_size=12),
     n_workers=st.integers(1, 6),
