@@ -181,8 +181,9 @@ from mendlm.kernels import _triton
 pointers = "x values bitmask row_starts h lora_B bias y".split()
 numbers = "n_tokens d_in d_out".split()
 types = {name: "*bf16" for name in pointers} | {"bitmask": "*u8", "row_starts": "*i64", "h": "*fp32"}
-types |= {name: "i32" for name in numbers}
-versions = [(_triton._multiply_one, {})]
+types |= {name: "i32" for name in numbers} | {"positions": "*i32"}
+overlap = int(sys.argv[1]) >= 90
+versions = [(_triton._multiply_one, {"GROUP": group, "OVERLAP": overlap}) for group in (4, 8)]
 many = [(_triton._multiply_single, {"TOKENS": 1}), (_triton._multiply_some, {"TOKENS": 16})]
 versions += [(tuned, more | {"WORDS": words, "WIDEN": False}) for tuned, more in many for words in (False, True)]
 for tuned, more in versions:
@@ -190,10 +191,11 @@ for tuned, more in versions:
     constants = {"n_bytes": 512, "rank": 128, "HAS_BIAS": True} | more | config.kwargs
     taken = {name: kind for name, kind in types.items() if name in tuned.fn.arg_names}
     source = ASTSource(tuned.fn, taken | {name: "constexpr" for name in constants}, constants)
-    options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": config.num_warps, "enable_fp_fusion": True, "launch_pdl": "OVERLAP" in more and overlap}
     kernel = compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
     assert kernel.asm["cubin"]
     assert ("mma" in kernel.asm["ptx"]) == (more.get("TOKENS") == 16)
+    assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == more.get("OVERLAP", False)
 """
 
 
@@ -242,6 +244,40 @@ def test_unpacks_on_the_device(density: float | str, dtype: torch.dtype) -> None
     check_unpack(1000, 70, density, dtype, "cuda")
     if dtype in (torch.bfloat16, torch.float16):
         check_product(dtype, (300, 200, 70), "cuda")
+
+
+@compiled
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("density", ["2:4", "4:8"])
+def test_kernels_that_overlap_wait_for_what_they_need(density: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mendlm.kernels import _triton
+
+    # Layer after layer of few rows, so that kernels meet, each on the output of the one before; the bits must be those
+    # of kernels that begin when the one before has ended.
+    monkeypatch.setattr(_triton, "_multiply_one", _triton._tuned(_triton.multiply_one, _triton.HALF[:1]))
+    g, side, rank = torch.Generator().manual_seed(0), 256, 64
+    mask = random_mask(side, side, density, g)
+    bitmask = pack_mask(mask)
+    S, A, B = (torch.randn(s, generator=g).bfloat16() / 16 for s in ((side, side), (rank, side), (side, rank)))
+    packed = [t.cuda() for t in (S[mask], bitmask, find_row_starts(bitmask), A, B)]
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(100):
+            x = _triton.packed_linear(x, *packed, None, half_of(bitmask))
+            x = x / x.norm()
+        return x
+
+    x = torch.randn(20, 1, side, generator=g).bfloat16().cuda()
+    found = [chain(one) for one in x]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = chain(x[0])
+    graph.replay()
+    monkeypatch.setattr(_triton, "HAS_OVERLAP", False)
+    for one, y in zip(x, found, strict=True):
+        assert torch.equal(chain(one), y)
+    assert torch.equal(replayed, found[0])
 
 
 @compiled

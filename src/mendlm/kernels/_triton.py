@@ -7,6 +7,7 @@ the kernels on CPU tensors.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
+HAS_OVERLAP = not _INTERPRETED and hasattr(tl.extra.cuda, "gdc_wait")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,8 +62,10 @@ def packed_linear(
         h, lora_B = _project(tokens, lora_A), lora_B.contiguous()
         b = y if bias is None else bias.contiguous()
         shape = {"n_bytes": bitmask.shape[1], "rank": rank, "HAS_BIAS": bias is not None, "enable_fp_fusion": True}
-        if block == 1 and words and half_of == 4:
-            _multiply_one[grid](tokens, values, bitmask, h, lora_B, b, y, d_out, **shape)
+        if block == 1 and words and half_of:
+            positions = _positions(x.device) if half_of == 8 else bitmask
+            operands = (tokens, values, bitmask, positions, h, lora_B, b, y, d_out)
+            _multiply_one[grid](*operands, **shape, GROUP=half_of, **_overlap(x, rank > 0))
         else:
             operands = (tokens, values, bitmask, row_starts, h, lora_B, b, y, n_tokens, d_in, d_out)
             # The interpreter multiplies the bits of bfloat16 as integers.
@@ -117,12 +121,30 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def _overlap(x: Tensor, wanted: bool = True) -> dict[str, bool]:
+    """Whether a kernel may begin before the one before it has ended, as Hopper and later devices can."""
+    able = wanted and HAS_OVERLAP and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return {"OVERLAP": able, "launch_pdl": able} if able else {"OVERLAP": False}
+
+
+@functools.cache
+def _positions(device: torch.device) -> Tensor:
+    """(256,) int32: for each byte that keeps four columns, 16 times each of them, the first in the lowest byte."""
+    table = [0] * 256
+    for byte in range(256):
+        kept = [column for column in range(8) if byte >> column & 1]
+        if len(kept) == 4:
+            table[byte] = sum(16 * column << 8 * place for place, column in enumerate(kept))
+    return torch.tensor(table, dtype=torch.int32, device=device)
+
+
 def _project(tokens: Tensor, lora_A: Tensor) -> Tensor:
     """``x Aᵀ`` (n_tokens, rank) float32, with sums in float32."""
     (n_tokens, d_in), rank = tokens.shape, lora_A.shape[0]
     if n_tokens == 1 and rank:
         h = tokens.new_empty(1, rank, dtype=torch.float32)
-        _project_one[(rank,)](tokens, lora_A.contiguous(), h, d_in, COLUMNS=4096, enable_fp_fusion=True)
+        overlap = _overlap(tokens)
+        _project_one[(rank,)](tokens, lora_A.contiguous(), h, d_in, COLUMNS=4096, enable_fp_fusion=True, **overlap)
     elif tokens.dtype == torch.float32 or not tokens.is_cuda:
         h = tokens.float() @ lora_A.float().T
     else:
@@ -130,8 +152,18 @@ def _project(tokens: Tensor, lora_A: Tensor) -> Tensor:
     return h
 
 
-def project_one(x: tl.tensor, lora_A: tl.tensor, h: tl.tensor, d_in: tl.constexpr, COLUMNS: tl.constexpr) -> None:
+def project_one(
+    x: tl.tensor,
+    lora_A: tl.tensor,
+    h: tl.tensor,
+    d_in: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+) -> None:
     """One row of A with one token."""
+    if OVERLAP:  # all that came before has ended, and what comes next may begin
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     sums = tl.zeros((COLUMNS,), tl.float32)
     for start in tl.static_range(0, d_in, COLUMNS):
@@ -160,10 +192,20 @@ def number(word: tl.tensor, place: tl.constexpr, like: tl.tensor) -> tl.tensor:
 _number = triton.jit(number)
 
 
+def number_at(low: tl.tensor, high: tl.tensor, position: tl.tensor, like: tl.tensor) -> tl.tensor:
+    """One of the eight entries of two bytes in two int64 words, 16 times its place given, as `number` does."""
+    word = tl.where((position & 64) != 0, high, low)
+    return _number(word >> (position & 63).to(tl.int64), 0, like)
+
+
+_number_at = triton.jit(number_at)
+
+
 def multiply_one(
     x: tl.tensor,
     values: tl.tensor,
     bitmask: tl.tensor,
+    positions: tl.tensor,
     h: tl.tensor,
     lora_B: tl.tensor,
     bias: tl.tensor,
@@ -172,17 +214,23 @@ def multiply_one(
     n_bytes: tl.constexpr,
     rank: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GROUP: tl.constexpr,
+    OVERLAP: tl.constexpr,
     ROWS: tl.constexpr,
     BYTES: tl.constexpr,
     APART: tl.constexpr,
 ) -> None:
-    """A block of rows of a 2:4 matrix with one token; entries of two bytes.
+    """A block of rows of a 2:4 or 4:8 matrix with one token; entries of two bytes.
 
     Of two in four, the first kept column is one of the first three and the second one of the last three, so that two
-    choices for each entry of S pick its x. Integer operations cost twice what others do, so there are few.
+    choices for each entry of S pick its x. Of four in eight, a table says which the columns of each byte are. Integer
+    operations cost twice what others do, so there are few.
 
     Parameters
     ----------
+    positions : what `_positions` gives; not read with GROUP = 4.
+    GROUP : 4 or 8, of which the half is kept.
+    OVERLAP : whether h is being computed while this kernel begins.
     APART : whether every row reads x for itself, from the cache; otherwise threads exchange it.
     """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -190,6 +238,8 @@ def multiply_one(
     row_values = values + rows * (4 * n_bytes)
     sums = tl.zeros((ROWS, BYTES), tl.float32)
     x_words = x.to(tl.pointer_type(tl.int64))
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     for start in tl.static_range(0, n_bytes, BYTES):
         places = start + tl.arange(0, BYTES)
         inside = places < n_bytes
@@ -205,18 +255,25 @@ def multiply_one(
         byte = tl.load(at_byte, mask=wanted, other=0, eviction_policy="evict_first").to(tl.uint32)
         at_word = (row_values[:, None] + 4 * places[None, :]).to(tl.pointer_type(tl.int64))
         word = tl.load(at_word, mask=wanted, other=0, eviction_policy="evict_first")
-        for part in tl.static_range(2):
-            X = x_low if part == 0 else x_high
-            X1, X2 = _number(X, 1, x), _number(X, 2, x)
-            bits = byte >> (4 * part)
-            one = tl.where((bits & 1) != 0, _number(X, 0, x), tl.where((bits & 2) != 0, X1, X2))
-            other = tl.where((bits & 8) != 0, _number(X, 3, x), tl.where((bits & 4) != 0, X2, X1))
-            sums += _number(word, 2 * part, values) * one
-            sums += _number(word, 2 * part + 1, values) * other
+        if GROUP == 8:
+            four = tl.load(positions + byte)
+            for place in tl.static_range(4):
+                sums += _number(word, place, values) * _number_at(x_low, x_high, four >> (8 * place), x)
+        else:
+            for part in tl.static_range(2):
+                X = x_low if part == 0 else x_high
+                X1, X2 = _number(X, 1, x), _number(X, 2, x)
+                bits = byte >> (4 * part)
+                one = tl.where((bits & 1) != 0, _number(X, 0, x), tl.where((bits & 2) != 0, X1, X2))
+                other = tl.where((bits & 8) != 0, _number(X, 3, x), tl.where((bits & 4) != 0, X2, X1))
+                sums += _number(word, 2 * part, values) * one
+                sums += _number(word, 2 * part + 1, values) * other
     for start in tl.static_range(0, rank, BYTES):
         ranks = start + tl.arange(0, BYTES)
         wanted = is_row[:, None] & (ranks < rank)[None, :]
         B = tl.load(lora_B + rows[:, None] * rank + ranks[None, :], mask=wanted, other=0.0).to(tl.float32)
+        if OVERLAP and start == 0:
+            tl.extra.cuda.gdc_wait()
         sums += B * tl.load(h + ranks, mask=ranks < rank, other=0.0)[None, :]
     out = tl.sum(sums, axis=1)
     if HAS_BIAS:
@@ -450,9 +507,9 @@ def _block(rows: int, n_bytes: int, warps: int, **more: Any) -> tuple[dict[str, 
 
 # What was fastest on the MLP shapes of LLaMA-7B (H100, bfloat16), and what came near; each costs a second at the first
 # call for a shape.
-TWO_OF_FOUR = [_block(1, 512, 4, APART=True), _block(4, 128, 4, APART=False), _block(4, 128, 2, APART=False)]
+HALF = [_block(1, 512, 4, APART=True), _block(1, 256, 2, APART=True), _block(4, 128, 2, APART=False)]
 ONE_TOKEN = [_block(2, 128, 4), _block(4, 64, 4)]
 SOME_TOKENS = [_block(32, 16, 4), _block(32, 32, 4), _block(16, 32, 4)]
-_multiply_one = _tuned(multiply_one, TWO_OF_FOUR)
+_multiply_one = _tuned(multiply_one, HALF, "GROUP")
 _multiply_single = _tuned(multiply, ONE_TOKEN)
 _multiply_some = _tuned(multiply, SOME_TOKENS, "WORDS")
