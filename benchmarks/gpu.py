@@ -2,10 +2,10 @@
 
     python benchmarks/gpu.py [--rank 128] [--tokens 4096] [--batches 1 4 16]
 
-Prefill: the semi-structured runtime (2:4), as Python calls it, and in a CUDA graph, where what the CPU does before each
-product costs nothing; and the packed runtime, which unpacks S. Decode: the packed runtime's Triton kernels for each
-pattern, in a CUDA graph, with their share of the memory bandwidth; the ceiling is what a copy reaches. Weights are
-random and larger together than the cache of the device.
+Prefill: the semi-structured runtime (2:4), as Python calls it four times in a row, and in a CUDA graph, where what the
+CPU does before each product costs nothing; and the packed runtime, which unpacks S. Decode: the packed runtime's Triton
+kernels for each pattern, in a CUDA graph, with their share of the memory bandwidth; the ceiling is what a copy reaches.
+Weights are random and larger together than the cache of the device.
 """
 
 from __future__ import annotations
@@ -50,38 +50,43 @@ def random_layer(d_out: int, d_in: int, rank: int, pattern: str) -> SparseLowRan
     return layer.eval()
 
 
-def seconds(work: Callable[[], Any], repeats: int = 7) -> float:
-    """Median time of `work` on the device, after two calls that warm it up."""
-    work()
-    work()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+def seconds(*works: Callable[[], Any], repeats: int = 9) -> list[float]:
+    """Median time of each of `works` on the device, which take turns: it heats up and slows down for all alike."""
+    for work in works:
         work()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times)
+        work()
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(repeats):
+        for work, found in zip(works, times, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            found.append(start.elapsed_time(end) / 1000)
+    return [statistics.median(found) for found in times]
 
 
-def seconds_a_call(runs: Sequence[Run], x: Tensor) -> float:
-    """Time of a call, the `runs` one after the other in one CUDA graph, so that launches from Python cost nothing."""
-    for run in runs:  # tunes, compiles
-        run(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
+def seconds_a_call(x: Tensor, *groups: Sequence[Run]) -> list[float]:
+    """Time of a call of each group, its runs one after the other in a CUDA graph, where launches cost nothing."""
+    graphs = []
+    for runs in groups:
+        for run in runs:  # tunes, compiles
             run(x)
-    return seconds(graph.replay) / len(runs)
+        torch.cuda.synchronize()
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            for run in runs:
+                run(x)
+    times = seconds(*(graph.replay for graph in graphs))
+    return [time / len(runs) for time, runs in zip(times, groups, strict=True)]
 
 
 def bandwidth() -> float:
     """Bytes a second of a copy within the device, read and written."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source))
+    return 2 * source.numel() / seconds(lambda: target.copy_(source))[0]
 
 
 def must_agree(found: Tensor, expected: Tensor) -> None:
@@ -103,10 +108,11 @@ def prefill(shape: tuple[int, int], rank: int, n_tokens: int) -> Iterator[dict[s
         except UsageError as err:
             sys.exit(str(err))
         must_agree(layer(x), linear(x, dense))
-        times = seconds(lambda: linear(x, dense)), seconds(lambda: layer(x))
+        works = (lambda: [linear(x, dense) for _ in range(4)]), (lambda: [layer(x) for _ in range(4)])
+        times = [time / 4 for time in seconds(*works)]
         yield row("prefill, called", runtime, "2:4", shape, n_tokens, *times)
         try:
-            times = seconds_a_call([lambda x: linear(x, dense)] * 4, x), seconds_a_call([layer] * 4, x)
+            times = seconds_a_call(x, [lambda x: linear(x, dense)] * 4, [layer] * 4)
         except RuntimeError as err:
             print(f"no CUDA graph of the runtime {runtime!r}: {err}", file=sys.stderr)
             continue
@@ -125,7 +131,7 @@ def decode(shape: tuple[int, int], rank: int, pattern: str, n_tokens: int, ceili
     dense: list[Run] = [lambda x, W=W: linear(x, W) for W in weights]
     layers[0].set_runtime("factored")
     must_agree(packed[0](x), layers[0](x))
-    times = seconds_a_call(dense, x), seconds_a_call(packed, x)
+    times = seconds_a_call(x, dense, packed)
     shares = {
         "dense_bandwidth_share": dense_bytes / times[0] / ceiling,
         "bandwidth_share": packed_bytes / times[1] / ceiling,

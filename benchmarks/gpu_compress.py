@@ -84,7 +84,8 @@ def checkpoint(folder: Path, n_blocks: int, workers: int | None, rate: float) ->
         "rel_error": sum(record.rel_error for record in result.records) / len(result.records),
         "objective": None,
         "matrix_rate_share": products / seconds / rate,
-        "peak_device_gb": torch.cuda.max_memory_allocated() / 1e9,
+        # Several workers are processes of their own.
+        "peak_device_gb": torch.cuda.max_memory_allocated() / 1e9 if workers in (None, 1) else None,
     }
 
 

@@ -7,8 +7,10 @@ that multiplies is replaced.
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from torch.sparse import _semi_structured_conversions as conversions
 import mendlm
 from mendlm import NM, Recipe, ZeroShotSVD
 from mendlm.errors import UsageError
-from mendlm.kernels import semi_structured
+from mendlm.kernels import _cusparselt, semi_structured
 from mendlm.packing import pack_mask
 from mendlm.runtime import SparseLowRankLinear, resolve_runtime, runtime_on
 
@@ -124,6 +126,24 @@ def test_cusparselt_serves_newer_devices(capability: None, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     assert semi_structured.obstacle(full_mask(16, 16), 16, torch.float16, CUDA) is None
+
+
+class OldLibrary:
+    """One of version 0.5.1."""
+
+    @staticmethod
+    def cusparseLtGetProperty(kind: ctypes.c_int, found: Any) -> int:
+        found._obj.value = (0, 5, 1)[kind.value]
+        return 0
+
+
+def test_plans_are_kept_with_a_known_library_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cusparselt, "_library", lambda: None)
+    assert not _cusparselt.available()
+    monkeypatch.setattr(_cusparselt, "_library", OldLibrary)
+    assert not _cusparselt.available()
+    monkeypatch.setattr(_cusparselt, "OLDEST", 501)
+    assert _cusparselt.available()
 
 
 def test_auto(capability: None) -> None:
@@ -268,6 +288,33 @@ def test_a_config_that_asks_for_it_is_refused_by_name(folder: Path) -> None:
 @torch.no_grad()
 def test_forward_on_the_device(dtype: torch.dtype) -> None:
     check_forward(make_layer(dtype=dtype, device="cuda"), "packed")
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_large_layers_on_the_device(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(2048, 1024, rank=70, bias=bias, dtype=dtype, device="cuda")
+    layer.set_runtime("factored")
+    n = 1030  # padded, tried with every algorithm, and A x on a second stream
+    x = torch.randn(2, n // 2, 1024, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+    expected = layer(x).double()
+    layer.set_runtime("semi-structured")
+    bound = 8 * torch.finfo(dtype).eps * float(expected.abs().max())
+    y = layer(x)
+    assert (y - expected).abs().max() <= bound
+    assert torch.equal(layer(x), y)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = layer(x)
+    graph.replay()
+    assert torch.equal(replayed, y)
+    for few in (1, 9, 1023):
+        assert (layer(x[:, :few]) - expected[:, :few]).abs().max() <= bound
+    monkeypatch.setattr(_cusparselt, "available", lambda: False)
+    assert (layer(x) - expected).abs().max() <= bound
 
 
 @gpu

@@ -64,8 +64,20 @@ def packed_linear(
         shape = {"n_bytes": bitmask.shape[1], "rank": rank, "HAS_BIAS": bias is not None, "enable_fp_fusion": True}
         if block == 1 and words and half_of:
             positions = _positions(x.device) if half_of == 8 else bitmask
-            operands = (tokens, values, bitmask, positions, h, lora_B, b, y, d_out)
-            _multiply_one[grid](*operands, **shape, GROUP=half_of, **_overlap(x, rank > 0))
+            _multiply_one[grid](
+                tokens,
+                values,
+                bitmask,
+                positions,
+                h,
+                lora_B,
+                b,
+                y,
+                d_out,
+                **shape,
+                GROUP=half_of,
+                **_overlap(x, rank > 0),
+            )
         else:
             operands = (tokens, values, bitmask, row_starts, h, lora_B, b, y, n_tokens, d_in, d_out)
             # The interpreter multiplies the bits of bfloat16 as integers.
@@ -108,11 +120,9 @@ def add_product(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
     n_tokens, d_out = y.shape
     rank = h.shape[1]
     if y.numel() and rank:
-        grid = (triton.cdiv(d_out, 128), triton.cdiv(n_tokens, 128))
+        grid = (triton.cdiv(d_out, 128), triton.cdiv(n_tokens, 64))
         with _on(y):
-            _add_product[grid](
-                y, h.contiguous(), lora_B.contiguous(), n_tokens, d_out, rank, WIDEN=_INTERPRETED, num_warps=8
-            )
+            _add_product[grid](y, h.contiguous(), lora_B.contiguous(), n_tokens, d_out, rank, WIDEN=_INTERPRETED)
     return y
 
 
@@ -471,23 +481,23 @@ def add_a_product(
     rank: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
-    """A block of y, 128 x 128."""
-    tokens = (tl.program_id(1) * 128 + tl.arange(0, 128)).to(tl.int64)
+    """A block of y, 64 tokens x 128 rows of B; y is read last, in the order in which it is written."""
+    tokens = (tl.program_id(1) * 64 + tl.arange(0, 64)).to(tl.int64)
     rows = (tl.program_id(0) * 128 + tl.arange(0, 128)).to(tl.int64)
     is_token, is_row = (tokens < n_tokens)[:, None], rows < d_out
-    place = y + tokens[:, None] * d_out + rows[None, :]
-    inside = is_token & is_row[None, :]
-    before = tl.load(place, mask=inside, other=0.0)
-    sums = before.to(tl.float32)
-    for start in tl.static_range(0, rank, 64):
-        ranks = start + tl.arange(0, 64)
+    sums = tl.zeros((64, 128), tl.float32)
+    for start in tl.static_range(0, rank, 128):
+        ranks = start + tl.arange(0, 128)
         is_rank = (ranks < rank)[None, :]
         H = tl.load(h + tokens[:, None] * rank + ranks[None, :], mask=is_token & is_rank, other=0.0)
         B = tl.load(lora_B + rows[:, None] * rank + ranks[None, :], mask=is_row[:, None] & is_rank, other=0.0)
         if WIDEN:
             H, B = H.to(tl.float32), B.to(tl.float32)
         sums = tl.dot(H, tl.trans(B), sums, input_precision="ieee")
-    tl.store(place, sums.to(before.dtype), mask=inside)
+    place = y + tokens[:, None] * d_out + rows[None, :]
+    inside = is_token & is_row[None, :]
+    before = tl.load(place, mask=inside, other=0.0)
+    tl.store(place, (before.to(tl.float32) + sums).to(before.dtype), mask=inside)
 
 
 _add_product = triton.jit(add_a_product)

@@ -5,6 +5,7 @@ torch has two implementations: cuSPARSELt, and kernels of CUTLASS that are made 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from mendlm.kernels import _cusparselt
+
 DTYPES = (torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
+MANY_TOKENS = 1024  # for which a second stream pays
 
 
 def obstacle(bitmask: Tensor, d_in: int, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -65,25 +69,47 @@ def compress(S: Tensor) -> Tensor:
     return sparse
 
 
-def multiply(x: Tensor, sparse: Tensor, bias: Tensor | None) -> Tensor:
-    """(…, d_in) -> (…, d_out), contiguous: x Sᵀ + bias.
+def multiply(x: Tensor, sparse: Tensor, bias: Tensor | None, lora_A: Tensor) -> tuple[Tensor, Tensor]:
+    """``x Sᵀ + bias`` (…, d_out), contiguous, and ``x Aᵀ`` (…, rank), for x (…, d_in) and A (rank, d_in).
 
-    cuSPARSELt's default algorithm: its search for a faster one, by trial, broke the device's context for a small
-    float16 matrix (torch 2.11, H100), and everything after it failed.
+    The two run side by side where there are many tokens and nothing needs a gradient: A x waits for memory, S x for the
+    tensor cores.
     """
+    if x.shape[:-1].numel() < MANY_TOKENS or not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _multiply(x, sparse, bias), linear(x, lora_A)
+    here, aside = torch.cuda.current_stream(x.device), _second_stream(x.device)
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        h = linear(x, lora_A)
+    y = _multiply(x, sparse, bias)
+    here.wait_stream(aside)
+    return y, h
+
+
+def _multiply(x: Tensor, sparse: Tensor, bias: Tensor | None) -> Tensor:
     tokens = x.reshape(-1, x.shape[-1])
     n_tokens, d_out = tokens.shape[0], sparse.shape[0]
     if not n_tokens:
         y = x.new_empty(0, d_out)
-    elif torch.compiler.is_compiling() or not isinstance(sparse, torch.sparse.SparseSemiStructuredTensorCUSPARSELT):
+    elif torch.compiler.is_compiling() or not _has_plans(sparse):
         y = linear(tokens, sparse, bias).contiguous()
     else:
-        # As the class of torch does, but its result is transposed as it is written, not after.
-        least = sparse._DTYPE_SHAPE_CONSTRAINTS[x.dtype].dense_min_rows
-        padded = torch.nn.functional.pad(tokens, (0, 0, 0, -n_tokens % least)).t()
-        packed: Any = sparse.packed
-        y = torch._cslt_sparse_mm(packed, padded, bias=bias, transpose_result=True)[:n_tokens]
+        missing = -n_tokens % _cusparselt.TOKENS
+        tokens = torch.nn.functional.pad(tokens, (0, 0, 0, missing)) if missing else tokens.contiguous()
+        compressed: Any = sparse.packed  # type: ignore[attr-defined]
+        y = _cusparselt.multiply(compressed, d_out, tokens)[:n_tokens]
+        if bias is not None:
+            y += bias
     return y.reshape(*x.shape[:-1], d_out)
+
+
+def _has_plans(sparse: Tensor) -> bool:
+    return isinstance(sparse, torch.sparse.SparseSemiStructuredTensorCUSPARSELT) and _cusparselt.available()
+
+
+@functools.cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _torch_class(device: torch.device) -> Any:
