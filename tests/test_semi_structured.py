@@ -298,7 +298,7 @@ def test_forward_on_the_device(dtype: torch.dtype) -> None:
 def test_large_layers_on_the_device(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer(2048, 1024, rank=70, bias=bias, dtype=dtype, device="cuda")
     layer.set_runtime("factored")
-    n = 1030  # padded, tried with every algorithm, and A x on a second stream
+    n = 1030  # padded, and tried with every algorithm
     x = torch.randn(2, n // 2, 1024, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
     expected = layer(x).double()
     layer.set_runtime("semi-structured")

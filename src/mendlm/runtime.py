@@ -152,11 +152,11 @@ class SparseLowRankLinear(nn.Module):
             packed_S = self.weight_values, self._bitmask, self._row_starts()
             return kernels.packed_linear(x, *packed_S, self.lora_A, self.lora_B, self.bias, self._half_of)
         if self.runtime == "semi-structured":
-            y, h = semi_structured.multiply(x, self._sparse, self.bias, self.lora_A)
+            y = semi_structured.multiply(x, self._sparse, self.bias)
         else:
-            y, h = linear(x, self._dense(), self.bias), linear(x, self.lora_A)
+            y = linear(x, self._dense(), self.bias)
         alone = not self._needs_grad(x) and not torch.is_autocast_enabled(x.device.type)
-        return kernels.add_low_rank(y, h, self.lora_B, in_place=alone)
+        return kernels.add_low_rank(y, x, self.lora_A, self.lora_B, in_place=alone)
 
     def set_runtime(self, runtime: str) -> None:
         """Change the runtime in place; between all but the merged one without any loss (of the sign of zeros at most).

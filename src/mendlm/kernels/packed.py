@@ -60,14 +60,15 @@ def unpacks(values: Tensor) -> bool:
     return device in MAX_TOKENS and values.dtype in _cpu.DTYPES and _has_kernel(device)
 
 
-def add_low_rank(y: Tensor, h: Tensor, lora_B: Tensor, *, in_place: bool) -> Tensor:
-    """``y + h Bᵀ``: (…, d_out), of h (…, rank) and B (d_out, rank).
+def add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, *, in_place: bool) -> Tensor:
+    """``y + (x Aᵀ) Bᵀ``: (…, d_out) of x (…, d_in), A (rank, d_in) and B (d_out, rank).
 
     Parameters
     ----------
     in_place : whether `y` may be overwritten; only where nothing needs a gradient. Many tokens on CUDA are then added
         without a second pass over (…, d_out).
     """
+    h = linear(x, lora_A)
     n_tokens = y.shape[:-1].numel()
     if (
         in_place

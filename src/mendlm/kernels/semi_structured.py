@@ -5,7 +5,6 @@ torch has two implementations: cuSPARSELt, and kernels of CUTLASS that are made 
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import Any
 
@@ -17,7 +16,6 @@ from mendlm.kernels import _cusparselt
 
 DTYPES = (torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
-MANY_TOKENS = 1024  # for which a second stream pays
 
 
 def obstacle(bitmask: Tensor, d_in: int, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -69,24 +67,8 @@ def compress(S: Tensor) -> Tensor:
     return sparse
 
 
-def multiply(x: Tensor, sparse: Tensor, bias: Tensor | None, lora_A: Tensor) -> tuple[Tensor, Tensor]:
-    """``x Sᵀ + bias`` (…, d_out), contiguous, and ``x Aᵀ`` (…, rank), for x (…, d_in) and A (rank, d_in).
-
-    The two run side by side where there are many tokens and nothing needs a gradient: A x waits for memory, S x for the
-    tensor cores.
-    """
-    if x.shape[:-1].numel() < MANY_TOKENS or not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _multiply(x, sparse, bias), linear(x, lora_A)
-    here, aside = torch.cuda.current_stream(x.device), _second_stream(x.device)
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        h = linear(x, lora_A)
-    y = _multiply(x, sparse, bias)
-    here.wait_stream(aside)
-    return y, h
-
-
-def _multiply(x: Tensor, sparse: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(x: Tensor, sparse: Tensor, bias: Tensor | None) -> Tensor:
+    """(…, d_in) -> (…, d_out), contiguous: x Sᵀ + bias."""
     tokens = x.reshape(-1, x.shape[-1])
     n_tokens, d_out = tokens.shape[0], sparse.shape[0]
     if not n_tokens:
@@ -105,11 +87,6 @@ def _multiply(x: Tensor, sparse: Tensor, bias: Tensor | None) -> Tensor:
 
 def _has_plans(sparse: Tensor) -> bool:
     return isinstance(sparse, torch.sparse.SparseSemiStructuredTensorCUSPARSELT) and _cusparselt.available()
-
-
-@functools.cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _torch_class(device: torch.device) -> Any:
