@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mendlm import TLR, refine
 from mendlm.errors import CheckpointError, UsageError
-from mendlm.kernels import _cpu, packed
+from mendlm.kernels import _cpu, completion, packed
 from mendlm.packing import find_row_starts, pack_mask, unpack
 from mendlm.runtime import SparseLowRankLinear
 from test_runtime import make_layer
@@ -165,6 +166,72 @@ def test_a_changed_bitmask_is_found_before_it_does_harm(isa: str) -> None:
         _cpu.packed_linear(x, *operands, isa=isa)
     with pytest.raises(CheckpointError, match="row starts"):
         _cpu.unpack(*operands[:3], 64, isa=isa)
+
+
+def make_completion(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(1, n, generator=g), torch.randn(1, n, generator=g), torch.rand(1, n, generator=g) < 0.5
+
+
+def assert_completed(total: float, out: Tensor, L: Tensor, W: Tensor, mask: Tensor) -> None:
+    """Every entry to the bit; the sum of squares of float32 differences, added in float32 by pieces of 16,384."""
+    assert torch.equal(out, torch.where(mask, L, W))
+    exact = float(((W.double() - L.double()) * ~mask).square().sum())
+    assert abs(total - exact) <= (16384 + 4) * torch.finfo(torch.float32).eps * exact
+
+
+@built
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 16383, 16384, 16385, 100_001])
+def test_completion_is_right_in_every_version(isa: str, n: int) -> None:
+    L, W, mask = make_completion(n)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            out = torch.full_like(W, torch.nan)
+            found.append(_cpu.complete(L, W, mask, out, isa=isa))
+            assert_completed(found[-1], out, L, W, mask)
+    finally:
+        torch.set_num_threads(before)
+    assert found == [_cpu.complete(L, W, mask, None, isa=isa)] * 3
+
+
+@built
+@pytest.mark.skipif(sys.platform == "win32", reason="no mprotect")
+@pytest.mark.parametrize("n", [64, 129])
+def test_completion_reads_nothing_beyond(before_a_wall, isa: str, n: int) -> None:
+    L, W, mask = make_completion(n)
+    guarded = [before_a_wall(t) for t in (L, W, mask, torch.zeros(1, n))]
+    assert_completed(_cpu.complete(*guarded, isa=isa), guarded[3], L, W, mask)
+
+
+@pytest.mark.parametrize("kernel", ["0", "1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_completion_with_and_without_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, dtype: torch.dtype, contiguous: bool
+) -> None:
+    monkeypatch.setenv("MENDLM_KERNEL", kernel)
+    L, W, mask = (t.reshape(30, 20).to(dtype if t.is_floating_point() else t.dtype) for t in make_completion(600))
+    if not contiguous:
+        L, W, mask = L.T, W.T, mask.T
+    assert not (completion.serves(L, W, mask) and (kernel == "0" or dtype == torch.float64 or not contiguous))
+    before, out = L.clone(), torch.full_like(W, torch.nan)
+    assert_completed(float(completion.complete(L, W, mask, out)), out, L, W, mask)
+    assert float(completion.complete(L, W, mask)) == float(completion.complete(L, W, mask, out))
+    assert torch.equal(L, before)
+
+
+def test_refinement_does_not_depend_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(900, 700, generator=g)  # two blocks of rows
+    found = []
+    for kernel in ("0", "1"):
+        monkeypatch.setenv("MENDLM_KERNEL", kernel)
+        found.append(refine(W, W.abs() > 0.7, TLR(20, n_iter=10)))
+    for name in ("S", "A", "B"):
+        assert torch.equal(getattr(found[0], name), getattr(found[1], name))
+    assert found[0].objective == pytest.approx(found[1].objective, rel=1e-6)
 
 
 @pytest.mark.parametrize(

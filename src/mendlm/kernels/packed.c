@@ -1,4 +1,5 @@
-/* y = x (S + B A)^T + bias on a CPU, with S as kept values plus a bitmask (mendlm/packing.py).
+/* y = x (S + B A)^T + bias on a CPU, with S as kept values plus a bitmask (mendlm/packing.py); and, for the refinement,
+ * a residual completed on its mask (mendlm/refiners/_completion.py).
  *
  * Plain C on raw pointers, no headers of torch or Python: called through ctypes. One binary holds a version for each
  * instruction set. Sums are in float32 and do not depend on the number of threads.
@@ -25,7 +26,7 @@ enum status { DONE, OUT_OF_MEMORY, INCONSISTENT, NOT_SERVED };
 #define BLOCK 32 /* columns that the widest version takes at a time */
 #define TILE 4   /* tokens that share one expansion of a row */
 #define AHEAD 4096 /* bytes; the hardware's own prefetching stops at every page */
-#define ABI 1      /* of the exported functions; mendlm/kernels/_cpu.py expects the same */
+#define ABI 2      /* of the exported functions; mendlm/kernels/_cpu.py expects the same */
 
 /* ---- Threads: torch's own pool, through the libgomp that it loaded; without one, a single thread. ---- */
 
@@ -454,12 +455,60 @@ INLINE void unpack_rows(struct unpacking *u, expand_row expand, enum dtype dtype
         }
 }
 
+/* ---- Completion: out = mask ? L : W, and ||out - L||^2 ---- */
+
+#define PIECE 16384 /* entries; sums of a piece are in float, of pieces in double, in their order */
+#define LANES 64    /* sums of a piece, which do not wait for each other */
+
+struct completion {
+    float *out; /* may be NULL: nothing but the sum */
+    const float *L, *W;
+    const uint8_t *mask;
+    double *sums; /* of each piece */
+    int64_t n, next_piece;
+};
+
+INLINE void complete(struct completion *c, int writes) {
+    int64_t begin, end;
+    while (next_piece(&c->next_piece, c->n, PIECE, &begin, &end)) {
+        float sums[LANES] = {0}, sum = 0;
+        for (int64_t i = begin; i < end; i += LANES) {
+            const int64_t count = end - i < LANES ? end - i : LANES;
+            const float *L = c->L + i, *W = c->W + i;
+            const uint8_t *mask = c->mask + i;
+            if (count == LANES) {
+                for (int j = 0; j < LANES; j++) {
+                    const float value = mask[j] ? L[j] : W[j], left = value - L[j];
+                    if (writes) c->out[i + j] = value;
+                    sums[j] += left * left;
+                }
+            } else {
+                for (int j = 0; j < count; j++) {
+                    const float value = mask[j] ? L[j] : W[j], left = value - L[j];
+                    if (writes) c->out[i + j] = value;
+                    sums[j] += left * left;
+                }
+            }
+        }
+        for (int j = 0; j < LANES; j++) sum += sums[j];
+        c->sums[begin / PIECE] = sum;
+    }
+}
+
+INLINE void complete_or_measure(struct completion *c) {
+    if (c->out)
+        complete(c, 1);
+    else
+        complete(c, 0);
+}
+
 #define VERSION(isa, attribute)                                                                                  \
     attribute static void work_##isa##_bf16(void *p) { work(p, sparse_##isa, dense_##isa, BF16); }               \
     attribute static void work_##isa##_fp16(void *p) { work(p, sparse_##isa, dense_##isa, FP16); }               \
     attribute static void work_##isa##_fp32(void *p) { work(p, sparse_##isa, dense_##isa, FP32); }               \
     attribute static void unpack_##isa##_16(void *u) { unpack_rows(u, expand_##isa, BF16); }                     \
-    attribute static void unpack_##isa##_32(void *u) { unpack_rows(u, expand_##isa, FP32); }
+    attribute static void unpack_##isa##_32(void *u) { unpack_rows(u, expand_##isa, FP32); }                     \
+    attribute static void complete_##isa##_32(void *c) { complete_or_measure(c); }
 
 typedef void body(void *);
 
@@ -474,6 +523,7 @@ VERSION(avx512, AVX512)
 
 static body *const products[3][3] = {ROW(work, bf16), ROW(work, fp16), ROW(work, fp32)};
 static body *const unpackers[2][3] = {ROW(unpack, 16), ROW(unpack, 32)};
+static body *const completers[3] = ROW(complete, 32);
 
 /* The best `enum isa` of this CPU; every lower one works too. */
 EXPORT int mendlm_isa(void) {
@@ -528,4 +578,19 @@ EXPORT int mendlm_unpack(void *out, const void *values, const void *bits, const 
         .d_out = d_out, .d_in = d_in, .kept = kept, .threads = threads};
     run(unpackers[dtype == FP32][isa], &u, threads);
     return u.inconsistent ? INCONSISTENT : DONE;
+}
+
+/* out (n) = mask ? L : W, unless out is NULL, and the sum of (W - L)^2 where the mask is 0. Returns an `enum status`. */
+EXPORT int mendlm_complete(double *sum, void *out, const void *L, const void *W, const void *mask, int64_t n, int isa,
+                           int threads) {
+    if (isa < GENERIC || isa > mendlm_isa()) return NOT_SERVED;
+    const int64_t pieces = (n + PIECE - 1) / PIECE;
+    double *sums = calloc((size_t)(pieces ? pieces : 1), sizeof(double));
+    if (!sums) return OUT_OF_MEMORY;
+    struct completion c = {.out = out, .L = L, .W = W, .mask = mask, .sums = sums, .n = n};
+    run(completers[isa], &c, pieces > 1 ? threads : 1);
+    *sum = 0;
+    for (int64_t i = 0; i < pieces; i++) *sum += sums[i];
+    free(sums);
+    return DONE;
 }

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from mendlm.masks import row_blocks, rows_of_block, zero_
+from mendlm.kernels.completion import complete
+from mendlm.masks import zero_
 from mendlm.refiners._base import Problem
+
+# Of L. Measured at 4096 x 4096, one thread: a step takes 50 ms with 2 MB, 57 with 1 or 4, 71 with 8.
+BLOCK_BYTES = 2**21
 
 
 class Completion:
@@ -24,17 +30,15 @@ class Completion:
         """``(1 - mask) * W``, the residual of plain pruning, as a new tensor."""
         return zero_(self._W.clone(), self._mask, off=False)
 
-    def residual(self, L: Tensor, out: Tensor | None = None) -> Tensor:
-        """``(1 - mask) * W + mask * L``, (d_out, d_in); `out` must not be `L`."""
-        out = torch.empty_like(self._W) if out is None else out
-        for target, W, mask, part in row_blocks(out, self._W, self._mask, L):
-            _choose(mask, part, W, target)
+    def residual(self, L: Tensor, out: Tensor) -> Tensor:
+        """``(1 - mask) * W + mask * L``, (d_out, d_in), into `out`, which must not be `L`."""
+        for residual, part, W, mask in _blocks(out, L, self._W, self._mask):
+            complete(part, W, mask, residual)
         return out
 
-    def objective(self, residual: Tensor, L: Tensor, out: Tensor | None = None) -> Tensor:
-        """``||residual - L||_F`` as a 0-dim tensor, given ``residual(L)``; `out` may be `L` itself."""
-        norm: Tensor = torch.linalg.vector_norm(torch.sub(residual, L, out=out))
-        return norm
+    def objective(self, L: Tensor) -> Tensor:
+        """``||residual(L) - L||_F`` as a 0-dim tensor."""
+        return _root([complete(*parts) for parts in _blocks(L, self._W, self._mask)], L)
 
     def advance(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
         """``residual(left @ right)`` into `out`, and its `objective`, without forming the product as a whole.
@@ -48,21 +52,22 @@ class Completion:
         -------
         0-dim tensor.
         """
-        d_out, d_in = out.shape
-        scratch = out.new_empty(min(rows_of_block(out), d_out), d_in)
-        norms = []
-        for residual, factor, W, mask in row_blocks(out, left, self._W, self._mask):
+        scratch, squares = torch.empty_like(out[: _n_rows(out)]), []
+        for residual, factor, W, mask in _blocks(out, left, self._W, self._mask):
             L = torch.mm(factor, right, out=scratch[: factor.shape[0]])
-            _choose(mask, L, W, residual)
-            norms.append(self.objective(residual, L, out=L))
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        return norm
+            squares.append(complete(L, W, mask, residual))
+        return _root(squares, out)
 
 
-def _choose(mask: Tensor, L: Tensor, W: Tensor, out: Tensor) -> None:
-    """`L` where the bool `mask` is True and `W` elsewhere, into `out`."""
-    if mask.device.type == "cpu":
-        # With weights of 0 and 1 an exact choice, and 15 times faster than torch.where.
-        torch.lerp(W, L, mask.to(W.dtype), out=out)
-    else:
-        torch.where(mask, L, W, out=out)
+def _n_rows(x: Tensor) -> int:
+    """Of a block that stays in the cache between two passes; all of them on other devices than a CPU."""
+    return max(1, BLOCK_BYTES // max(1, x.shape[1] * x.itemsize)) if x.device.type == "cpu" else max(1, x.shape[0])
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    rows = _n_rows(tensors[0])
+    return zip(*(torch.split(x, rows) for x in tensors), strict=True)
+
+
+def _root(squares: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(squares).sum().sqrt().to(like.dtype)

@@ -100,9 +100,7 @@ class AcceleratedTLR(AbstractRefiner):
             return state, state.step(self.rank)
         fitted = state.solver.leading(state.residual, self.rank)
         L = torch.mm(fitted.left, fitted.right, out=state.current)
-        plain = state.completion.residual(L, out=state.residual)
-        norm = state.completion.objective(plain, L, out=plain)
-        objective, energy_frac = torch.stack([norm, fitted.energy_frac]).tolist()
+        objective, energy_frac = torch.stack([state.completion.objective(L), fitted.energy_frac]).tolist()
 
         if objective < state.best_objective:
             state.best, state.best_objective = fitted, objective

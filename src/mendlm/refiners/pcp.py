@@ -112,7 +112,7 @@ class PCP(AbstractRefiner):
         state.left, state.right = U[:, :k] * root, root[:, None] * Vh[:k]
         state.violation = float(torch.linalg.vector_norm(gap)) / max(float(torch.linalg.vector_norm(W)), 1e-300)
         cut = state.left @ state.right
-        objective = float(state.completion.objective(state.completion.residual(cut), cut))
+        objective = float(state.completion.objective(cut))
         total = float(sigma.square().sum())
         return state, Progress(k, objective, float(sigma[:k].square().sum()) / total if total > 0 else 1.0)
 
