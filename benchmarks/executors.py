@@ -1,10 +1,11 @@
 """One and two workers of the local executor and two of a Ray cluster on the same checkpoint; the bytes must agree.
 
-    python benchmarks/executors.py [--blocks 2] [--n-iter 20] [--repeats 3]
+    python benchmarks/executors.py [--blocks 2] [--rank 64] [--n-iter 20] [--repeats 3]
+    python benchmarks/executors.py --model work/llama-4 --rank 128 --n-iter 50 --repeats 1
 
-A random checkpoint of LLaMA blocks at half the width is compressed by each in turn, several times. The cluster runs
-already; workers of both kinds are started by every run. `not_tensors_seconds` is what a run takes beyond the seconds of
-its tensors shared among the workers: the start, waiting for a last tensor, and writing.
+A random checkpoint of LLaMA blocks at half the width, or the one of --model, is compressed by each in turn, several
+times. The cluster runs already; workers of both kinds are started by every run. `not_tensors_seconds` is what a run
+takes beyond the seconds of its tensors shared among the workers: the start, waiting for a last tensor, and writing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +42,16 @@ def measure(model: Path, out: Path, recipe: Recipe, executor: AbstractExecutor, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--model", type=Path, help="a checkpoint, e.g. of benchmarks/llama_shape.py")
+    parser.add_argument("--blocks", type=int, default=2, help="without --model")
+    parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--n-iter", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
 
     from ray.cluster_utils import Cluster
 
-    recipe = Recipe(refiner=TLR(64, n_iter=options.n_iter))
+    recipe = Recipe(refiner=TLR(options.rank, n_iter=options.n_iter))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     kinds: list[tuple[str, AbstractExecutor, int]] = [
         ("local", LocalExecutor(workers=1), 1),
@@ -57,15 +61,17 @@ def main() -> None:
     times: list[list[tuple[float, float]]] = [[] for _ in kinds]
     written = set()
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            model = Path(scratch) / "model"
-            write(model, Llama(hidden=2048, intermediate=5504, heads=16, kv=2048, blocks=options.blocks, vocab=1000))
+        with tempfile.TemporaryDirectory(dir=None if options.model is None else options.model.parent) as scratch:
+            model = options.model or Path(scratch) / "model"
+            if options.model is None:
+                half = Llama(hidden=2048, intermediate=5504, heads=16, kv=2048, blocks=options.blocks, vocab=1000)
+                write(model, half)
             for _ in range(options.repeats):
                 for index, (_, executor, workers) in enumerate(kinds):
                     out = Path(scratch) / f"out-{index}"
                     times[index].append(measure(model, out, recipe, executor, workers))
                     files = sorted(out.glob("*.safetensors"))
-                    written.add(b"".join(path.read_bytes() for path in files))
+                    written.add(tuple(sha256(path.read_bytes()).hexdigest() for path in files))
                     for path in sorted(out.rglob("*"), reverse=True):
                         path.rmdir() if path.is_dir() else path.unlink()
                     out.rmdir()
@@ -85,14 +91,13 @@ def main() -> None:
         }
         for (name, _, workers), runs in zip(kinds, times, strict=True)
     ]
-    n = 7 * options.blocks
+    what = f"{options.blocks} blocks of half LLaMA-7B's width" if options.model is None else options.model.name
     report(
         "executors",
         "cpu",
         rows,
-        f"{n} tensors of 2048x2048 and 5504x2048, TLR k = 64, T = {options.n_iter}; medians of {options.repeats} runs, "
-        "in turn. "
-        "The machine has 2 cores and was busy with other work: only ratios within one round say something.",
+        f"{what}, TLR k = {options.rank}, T = {options.n_iter}; medians of {options.repeats} runs, in turn. "
+        "Workers have one thread each.",
     )
 
 
