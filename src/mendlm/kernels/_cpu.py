@@ -13,7 +13,7 @@ from torch import Tensor
 from mendlm.errors import CheckpointError, MendError
 
 LIBRARY = Path(__file__).with_name("_packed.so")
-ABI = 2
+ABI = 3
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ISAS = ("generic", "avx2", "avx512")
 
@@ -29,7 +29,7 @@ def _library() -> ctypes.CDLL:
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.mendlm_packed_linear.argtypes = [*[pointer] * 8, *[size] * 5, *[number] * 3]
     library.mendlm_unpack.argtypes = [*[pointer] * 4, *[size] * 3, *[number] * 3]
-    library.mendlm_complete.argtypes = [*[pointer] * 5, size, number, number]
+    library.mendlm_complete.argtypes = [*[pointer] * 5, *[size] * 6, *[number] * 2]
     return library
 
 
@@ -121,11 +121,11 @@ def complete(L: Tensor, W: Tensor, mask: Tensor, out: Tensor | None, isa: str | 
 
     Parameters
     ----------
-    L, W, mask, out : of one shape, contiguous, float32 and bool, on the CPU.
+    L, W, mask, out : of one shape (rows, columns), float32 and bool, on the CPU, every row contiguous.
 
     Notes
     -----
-    Sums are in float32 over 16,384 entries and in float64 beyond, in an order that no number of threads changes.
+    Sums are in float32 along a row and in float64 beyond, in an order that no number of threads changes.
     """
     total = ctypes.c_double()
     _check(
@@ -135,7 +135,11 @@ def complete(L: Tensor, W: Tensor, mask: Tensor, out: Tensor | None, isa: str | 
             L.data_ptr(),
             W.data_ptr(),
             mask.data_ptr(),
-            L.numel(),
+            *L.shape,
+            0 if out is None else out.stride(0),
+            L.stride(0),
+            W.stride(0),
+            mask.stride(0),
             _isa(isa),
             torch.get_num_threads(),
         )

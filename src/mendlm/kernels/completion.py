@@ -39,6 +39,7 @@ def serves(*tensors: Tensor) -> bool:
         _cpu.unavailable() is None
         and len(_cpu.isas()) > 1
         and all(
-            t.device.type == "cpu" and t.is_contiguous() and t.dtype in (torch.float32, torch.bool) for t in tensors
+            t.device.type == "cpu" and t.dtype in (torch.float32, torch.bool) and (t.stride(1) == 1 or t.shape[1] < 2)
+            for t in tensors
         )
     )

@@ -26,7 +26,7 @@ enum status { DONE, OUT_OF_MEMORY, INCONSISTENT, NOT_SERVED };
 #define BLOCK 32 /* columns that the widest version takes at a time */
 #define TILE 4   /* tokens that share one expansion of a row */
 #define AHEAD 4096 /* bytes; the hardware's own prefetching stops at every page */
-#define ABI 2      /* of the exported functions; mendlm/kernels/_cpu.py expects the same */
+#define ABI 3      /* of the exported functions; mendlm/kernels/_cpu.py expects the same */
 
 /* ---- Threads: torch's own pool, through the libgomp that it loaded; without one, a single thread. ---- */
 
@@ -457,49 +457,44 @@ INLINE void unpack_rows(struct unpacking *u, expand_row expand, enum dtype dtype
 
 /* ---- Completion: out = mask ? L : W, and ||out - L||^2 ---- */
 
-#define PIECE 16384 /* entries; sums of a piece are in float, of pieces in double, in their order */
-#define LANES 64    /* sums of a piece, which do not wait for each other */
+#define LANES 64 /* sums of a row, which do not wait for each other */
 
 struct completion {
     float *out; /* may be NULL: nothing but the sum */
     const float *L, *W;
     const uint8_t *mask;
-    double *sums; /* of each piece */
-    int64_t n, next_piece;
+    double *sums; /* of each row */
+    int64_t rows, columns, out_stride, L_stride, W_stride, mask_stride, next_row;
+    int threads;
 };
 
-INLINE void complete(struct completion *c, int writes) {
-    int64_t begin, end;
-    while (next_piece(&c->next_piece, c->n, PIECE, &begin, &end)) {
-        float sums[LANES] = {0}, sum = 0;
-        for (int64_t i = begin; i < end; i += LANES) {
-            const int64_t count = end - i < LANES ? end - i : LANES;
-            const float *L = c->L + i, *W = c->W + i;
-            const uint8_t *mask = c->mask + i;
-            if (count == LANES) {
-                for (int j = 0; j < LANES; j++) {
-                    const float value = mask[j] ? L[j] : W[j], left = value - L[j];
-                    if (writes) c->out[i + j] = value;
-                    sums[j] += left * left;
-                }
-            } else {
-                for (int j = 0; j < count; j++) {
-                    const float value = mask[j] ? L[j] : W[j], left = value - L[j];
-                    if (writes) c->out[i + j] = value;
-                    sums[j] += left * left;
-                }
-            }
+INLINE float complete_row(float *out, const float *L, const float *W, const uint8_t *mask, int64_t n, int writes) {
+    float sums[LANES] = {0}, sum = 0;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) {
+            const float value = mask[i + j] ? L[i + j] : W[i + j], left = value - L[i + j];
+            if (writes) out[i + j] = value;
+            sums[j] += left * left;
         }
-        for (int j = 0; j < LANES; j++) sum += sums[j];
-        c->sums[begin / PIECE] = sum;
+    for (int j = 0; i < n; i++, j++) {
+        const float value = mask[i] ? L[i] : W[i], left = value - L[i];
+        if (writes) out[i] = value;
+        sums[j] += left * left;
     }
+    for (int j = 0; j < LANES; j++) sum += sums[j];
+    return sum;
 }
 
-INLINE void complete_or_measure(struct completion *c) {
-    if (c->out)
-        complete(c, 1);
-    else
-        complete(c, 0);
+INLINE void complete(struct completion *c) {
+    int64_t begin, end;
+    while (next_piece(&c->next_row, c->rows, rows_a_piece(c->rows, c->threads), &begin, &end))
+        for (int64_t i = begin; i < end; i++) {
+            const float *L = c->L + i * c->L_stride, *W = c->W + i * c->W_stride;
+            const uint8_t *mask = c->mask + i * c->mask_stride;
+            c->sums[i] = c->out ? complete_row(c->out + i * c->out_stride, L, W, mask, c->columns, 1)
+                                : complete_row(NULL, L, W, mask, c->columns, 0);
+        }
 }
 
 #define VERSION(isa, attribute)                                                                                  \
@@ -508,7 +503,7 @@ INLINE void complete_or_measure(struct completion *c) {
     attribute static void work_##isa##_fp32(void *p) { work(p, sparse_##isa, dense_##isa, FP32); }               \
     attribute static void unpack_##isa##_16(void *u) { unpack_rows(u, expand_##isa, BF16); }                     \
     attribute static void unpack_##isa##_32(void *u) { unpack_rows(u, expand_##isa, FP32); }                     \
-    attribute static void complete_##isa##_32(void *c) { complete_or_measure(c); }
+    attribute static void complete_##isa##_32(void *c) { complete(c); }
 
 typedef void body(void *);
 
@@ -580,17 +575,20 @@ EXPORT int mendlm_unpack(void *out, const void *values, const void *bits, const 
     return u.inconsistent ? INCONSISTENT : DONE;
 }
 
-/* out (n) = mask ? L : W, unless out is NULL, and the sum of (W - L)^2 where the mask is 0. Returns an `enum status`. */
-EXPORT int mendlm_complete(double *sum, void *out, const void *L, const void *W, const void *mask, int64_t n, int isa,
-                           int threads) {
+/* out = mask ? L : W, unless out is NULL, and the sum of (W - L)^2 where the mask is 0. Strides are of rows, in entries.
+ * Returns an `enum status`. */
+EXPORT int mendlm_complete(double *sum, void *out, const void *L, const void *W, const void *mask, int64_t rows,
+                           int64_t columns, int64_t out_stride, int64_t L_stride, int64_t W_stride,
+                           int64_t mask_stride, int isa, int threads) {
     if (isa < GENERIC || isa > mendlm_isa()) return NOT_SERVED;
-    const int64_t pieces = (n + PIECE - 1) / PIECE;
-    double *sums = calloc((size_t)(pieces ? pieces : 1), sizeof(double));
+    double *sums = calloc((size_t)(rows ? rows : 1), sizeof(double));
     if (!sums) return OUT_OF_MEMORY;
-    struct completion c = {.out = out, .L = L, .W = W, .mask = mask, .sums = sums, .n = n};
-    run(completers[isa], &c, pieces > 1 ? threads : 1);
+    struct completion c = {.out = out, .L = L, .W = W, .mask = mask, .sums = sums, .rows = rows, .columns = columns,
+                           .out_stride = out_stride, .L_stride = L_stride, .W_stride = W_stride,
+                           .mask_stride = mask_stride, .threads = threads};
+    run(completers[isa], &c, rows > 1 ? threads : 1);
     *sum = 0;
-    for (int64_t i = 0; i < pieces; i++) *sum += sums[i];
+    for (int64_t i = 0; i < rows; i++) *sum += sums[i];
     free(sums);
     return DONE;
 }
