@@ -21,6 +21,7 @@ _SMALL_GROUP = 8
 # From this many entries a group is searched in pieces: a copy of it would be what a whole run takes most memory for.
 _LARGE_GROUP = 1 << 20
 _SAMPLES = 1 << 16
+_PIECE = 1 << 17  # entries that the cache holds
 
 # Whole matrices are passed over so many bytes at a time on a CPU. Measured at 4096 x 4096 and 11008 x 4096, rank 64:
 # L formed by 8 MiB saves a copy of W and a tenth of product and passes; blocks that fit the second cache are slower, as
@@ -145,8 +146,12 @@ def _kth_of_large(values: NDArray[np.floating], k: int) -> np.floating:
     sample = np.sort(values[:: (values.size // _SAMPLES) | 1])  # an odd stride meets the columns of a matrix by turns
     place, spread = k * sample.size // values.size, 4 * int(sample.size**0.5)
     lower, upper = sample[max(place - spread, 0)], sample[min(place + spread, sample.size - 1)]
-    n_below = int(np.count_nonzero(values < lower))
-    near = values[(values >= lower) & (values <= upper)]
+    n_below, found_near = 0, []
+    for start in range(0, values.size, _PIECE):
+        piece = values[start : start + _PIECE]
+        n_below += int(np.count_nonzero(piece < lower))
+        found_near.append(piece[(piece >= lower) & (piece <= upper)])
+    near = np.concatenate(found_near)
     if not n_below < k <= n_below + near.size:
         near, n_below = values, 0
     found: np.floating = np.partition(near, k - 1 - n_below)[k - 1 - n_below]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mendlm.criteria._base import AbstractCriterion
 from mendlm.inputs import InputStats
+from mendlm.masks import row_blocks
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Magnitude(AbstractCriterion):
         """|W|, and by column in float64: times up to ``1 + 2 ** -26``, less than two float32 values can differ by."""
         if self.ties == "position" or W.dtype == torch.float64 or not W.numel():
             return W.abs()
-        norms = torch.linalg.vector_norm(W, dim=0, dtype=torch.float64)
+        # By blocks, as torch reduces a converted matrix along columns ten times slower.
+        norms = torch.stack([part.double().square_().sum(dim=0) for (part,) in row_blocks(W)]).sum(dim=0).sqrt()
         share = 1 - norms / norms.max().clamp_min(torch.finfo(torch.float64).tiny)
         scores: Tensor = W.double().abs_().mul_(1 + share * 2.0**-26)  # of a W that is not float64: a copy
         return scores

@@ -41,8 +41,8 @@ class Completion:
         """``||residual(L) - L||_F`` as a 0-dim tensor."""
         return _root([complete(*tiles) for tiles in _tiles(L, self._W, self._mask)], L)
 
-    def advance(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-        """``residual(left @ right)`` into `out`, and its `objective`, without forming the product as a whole.
+    def advance(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+        """``residual(left @ right)`` into `out` if it is given, and its `objective`, without forming the whole product.
 
         Parameters
         ----------
@@ -53,13 +53,14 @@ class Completion:
         -------
         0-dim tensor.
         """
-        rows, columns = _tile_of(out)
-        scratch, squares = out.new_empty(rows * columns), []
-        parts = ((B, A) for B in torch.split(left, rows) for A in torch.split(right, columns, dim=1))
-        for (target, W, mask), (B, A) in zip(_tiles(out, self._W, self._mask), parts, strict=True):
-            L = torch.mm(B, A, out=scratch[: target.numel()].view(target.shape))
-            squares.append(complete(L, W, mask, target))
-        return _root(squares, out)
+        rows, columns = _tile_of(self._W)
+        scratch, squares = self._W.new_empty(rows * columns), []
+        factors = ((B, A) for B in torch.split(left, rows) for A in torch.split(right, columns, dim=1))
+        targets = iter(()) if out is None else _tiles(out)
+        for (W, mask), (B, A) in zip(_tiles(self._W, self._mask), factors, strict=True):
+            L = torch.mm(B, A, out=scratch[: W.numel()].view(W.shape))
+            squares.append(complete(L, W, mask, *next(targets, ())))
+        return _root(squares, self._W)
 
 
 def _tile_of(x: Tensor) -> tuple[int, int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,15 +14,17 @@ from mendlm.decomposition import SparseLowRank
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats
 from mendlm.linalg import all_finite, compute_dtype
-from mendlm.masks import row_blocks, rows_of_block, zero_
+from mendlm.masks import zero_
 from mendlm.metrics import GramMetric, Metric, MetricName, diagonal_metric, gram_metric, ratio
 from mendlm.patterns import Pattern
 from mendlm.refiners._base import AbstractRefiner, Problem, Progress
+from mendlm.refiners._completion import Completion
 from mendlm.refiners._least_squares import masked_least_squares
 
 DEFAULT_DAMPING = 0.01
 # The last fit of S in the Gram metric: until a step gains less than this share of the squared error, or this many.
 FINAL_RTOL, FINAL_STEPS = 1e-4, 200
+STRIP = 2**18  # entries, of some matrices, that the cache holds
 
 
 @dataclass(frozen=True)
@@ -155,16 +158,15 @@ def refine(
     # On the mask the error is that of S. Where S is least squares for the rounded L, that is the L to measure with.
     objective, S = math.nan, None
     if not isinstance(measure, GramMetric):
-        exact = left @ right
-        torch.sub(problem.W, exact, out=exact)
         if refiner.refits_S and rank > 0:
-            objective = float(torch.linalg.vector_norm(zero_(exact, mask, off=False)))
+            objective = float(Completion(replace(problem, mask=mask)).advance(left, right))
         else:
             fitted = _unfitted_S(dense, mask, found, measure)
+            exact = left @ right
+            torch.sub(problem.W, exact, out=exact)
             objective = float(torch.linalg.vector_norm(exact.sub_(measure.scaled(fitted))))
             S = fitted.to(storage)
-            del fitted
-        del exact
+            del fitted, exact
     del problem
     B, A = left.to(storage), measure.unscaled(right).to(storage)
     L = B.to(compute) @ A.to(compute)
@@ -177,26 +179,36 @@ def refine(
         S = fitted.to(storage)
         del fitted
     error = torch.sub(dense, L, out=L)
+    fits = S is None
     if S is None:
         S = torch.empty(W.shape, dtype=storage, device=W.device)
-        for target, gap, kept in row_blocks(S, error, mask):
-            target.copy_((gap * kept.to(compute)).add_(0.0))  # + 0 turns the -0 of a product into 0
-    if not all(all_finite(x) for x in (*torch.split(S, rows_of_block(S)), B, A)):
+    squares, is_finite = [], all_finite(B) and all_finite(A)
+    for stored, gap, kept in _strips(S, error, mask):
+        if fits:
+            stored.copy_((gap * kept.to(compute)).add_(0.0))  # + 0 turns the -0 of a product into 0
+        is_finite = is_finite and all_finite(stored)
+        squares.append(torch.linalg.vector_norm(gap.sub_(stored)).square())
+    if not is_finite:
         raise NonFiniteError(
             f"rounding to {storage} overflowed after iteration {len(trace) - 1}. Store in bfloat16 or float32."
         )
-    for part, stored in row_blocks(error, S):
-        part.sub_(stored)
     return Refinement(
         SparseLowRank(S, B, A, mask),
         tuple(trace),
         status,
-        ratio(float(torch.linalg.vector_norm(error)), float(torch.linalg.vector_norm(dense))),
+        ratio(float(torch.stack(squares).sum().sqrt()), float(torch.linalg.vector_norm(dense))),
         objective,
         measure.name,
         measure.damping,
         None if measure.name == "plain" else ratio(measure.norm(error), measure.norm(dense)),
     )
+
+
+def _strips(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of some matrices, few enough for a CPU's cache; all of them on other devices."""
+    x = tensors[0]
+    rows = max(1, STRIP // max(1, x.shape[1])) if x.device.type == "cpu" else max(1, x.shape[0])
+    return zip(*(torch.split(x, rows) for x in tensors), strict=True)
 
 
 def _unfitted_S(dense: Tensor, mask: Tensor, found: Tensor | None, metric: Metric) -> Tensor:
