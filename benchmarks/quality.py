@@ -41,6 +41,7 @@ COLUMNS: dict[str, list[str]] = {
     "zero-shot SVD": ["--refiner", "zero-shot-svd", "--metric", "plain", *RANK],
     "PCP": ["--refiner", "pcp", "--metric", "plain", *RANK],
     "TLR": ["--refiner", "tlr", "--metric", "plain", *RANK],
+    "TLR, exact": ["--refiner", "tlr", "--solver", "exact", "--metric", "plain", *RANK],
     "accelerated": ["--refiner", "accelerated-tlr", "--metric", "plain", *RANK],
     "TLR, diagonal": ["--refiner", "tlr", "--metric", "diagonal", *RANK],
     "accelerated, diagonal": ["--refiner", "accelerated-tlr", "--metric", "diagonal", *RANK],
@@ -50,7 +51,7 @@ COLUMNS: dict[str, list[str]] = {
     "accelerated, gram, sequential": ["--refiner", "accelerated-tlr", "--metric", "gram", *RANK],
     "OATS": ["--refiner", "oats", "--metric", "diagonal", *RANK],
 }
-DATA_FREE = ("only pruned", "zero-shot SVD", "PCP", "TLR", "accelerated")
+DATA_FREE = ("only pruned", "zero-shot SVD", "PCP", "TLR", "TLR, exact", "accelerated")
 
 # Figures of a prototype with the same protocol, to be reproduced; Wanda and magnitude masks.
 REFERENCE = {
@@ -97,6 +98,7 @@ def cells() -> list[Key]:
         *((m, s, best) for m in ("RIA", "Wanda, self") for s in SPARSITIES),
         *((m, s, "TLR, gram, sequential") for m, s in REFERENCE),
         *((m, s, "PCP") for m, s in REFERENCE),
+        *(("magnitude", s, "TLR, exact") for s in SPARSITIES),
     ]
     return [("dense", "", ""), *reference, *more]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mendlm.errors import CheckpointError, MendError
 
 LIBRARY = Path(__file__).with_name("_packed.so")
-ABI = 3
+ABI = 4
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ISAS = ("generic", "avx2", "avx512")
 
@@ -29,7 +29,7 @@ def _library() -> ctypes.CDLL:
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.mendlm_packed_linear.argtypes = [*[pointer] * 8, *[size] * 5, *[number] * 3]
     library.mendlm_unpack.argtypes = [*[pointer] * 4, *[size] * 3, *[number] * 3]
-    library.mendlm_complete.argtypes = [*[pointer] * 5, *[size] * 6, *[number] * 2]
+    library.mendlm_complete.argtypes = [*[pointer] * 6, *[size] * 6, *[number] * 2]
     return library
 
 
@@ -116,8 +116,8 @@ def unpack(values: Tensor, bitmask: Tensor, row_starts: Tensor, d_in: int, isa: 
     return S
 
 
-def complete(L: Tensor, W: Tensor, mask: Tensor, out: Tensor | None, isa: str | None = None) -> float:
-    """L on the `mask` and W elsewhere, into `out` if there is one; the sum of (W - L)² elsewhere.
+def complete(L: Tensor, W: Tensor, mask: Tensor, out: Tensor | None, isa: str | None = None) -> tuple[float, float]:
+    """L on the `mask` and W elsewhere, into `out` if there is one: sums of (that - L)² and of its own squares.
 
     Parameters
     ----------
@@ -127,10 +127,11 @@ def complete(L: Tensor, W: Tensor, mask: Tensor, out: Tensor | None, isa: str | 
     -----
     Sums are in float32 along a row and in float64 beyond, in an order that no number of threads changes.
     """
-    total = ctypes.c_double()
+    left, square = ctypes.c_double(), ctypes.c_double()
     _check(
         _library().mendlm_complete(
-            ctypes.byref(total),
+            ctypes.byref(left),
+            ctypes.byref(square),
             None if out is None else out.data_ptr(),
             L.data_ptr(),
             W.data_ptr(),
@@ -144,7 +145,7 @@ def complete(L: Tensor, W: Tensor, mask: Tensor, out: Tensor | None, isa: str | 
             torch.get_num_threads(),
         )
     )
-    return total.value
+    return left.value, square.value
 
 
 def _isa(name: str | None) -> int:

@@ -9,7 +9,7 @@ from mendlm.kernels import _cpu
 
 
 def complete(L: Tensor, W: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
-    """L where the mask is True and W elsewhere, into `out` if it is given; returns ``sum((W - L)²)`` elsewhere.
+    """L where the mask is True and W elsewhere, into `out` if it is given.
 
     Parameters
     ----------
@@ -19,7 +19,8 @@ def complete(L: Tensor, W: Tensor, mask: Tensor, out: Tensor | None = None) -> T
 
     Returns
     -------
-    0-dim tensor: float64 from the C kernel, the dtype of L without it. `out` does not depend on which of them it was.
+    (2,): the sums of the squares of what was completed less L, and of what was completed. float64 from the C kernel,
+    the dtype of L without it; `out` does not depend on which of them it was.
     """
     if serves(L, W, mask, *(() if out is None else (out,))):
         return torch.tensor(_cpu.complete(L, W, mask, out), dtype=torch.float64)
@@ -29,8 +30,7 @@ def complete(L: Tensor, W: Tensor, mask: Tensor, out: Tensor | None = None) -> T
         torch.lerp(W, L, mask.to(W.dtype), out=chosen)
     else:
         torch.where(mask, L, W, out=chosen)
-    square: Tensor = torch.linalg.vector_norm(torch.sub(chosen, L)).square()
-    return square
+    return torch.stack([torch.linalg.vector_norm(x).square() for x in (torch.sub(chosen, L), chosen)])
 
 
 def serves(*tensors: Tensor) -> bool:

@@ -26,7 +26,7 @@ enum status { DONE, OUT_OF_MEMORY, INCONSISTENT, NOT_SERVED };
 #define BLOCK 32 /* columns that the widest version takes at a time */
 #define TILE 4   /* tokens that share one expansion of a row */
 #define AHEAD 4096 /* bytes; the hardware's own prefetching stops at every page */
-#define ABI 3      /* of the exported functions; mendlm/kernels/_cpu.py expects the same */
+#define ABI 4      /* of the exported functions; mendlm/kernels/_cpu.py expects the same */
 
 /* ---- Threads: torch's own pool, through the libgomp that it loaded; without one, a single thread. ---- */
 
@@ -455,35 +455,39 @@ INLINE void unpack_rows(struct unpacking *u, expand_row expand, enum dtype dtype
         }
 }
 
-/* ---- Completion: out = mask ? L : W, and ||out - L||^2 ---- */
+/* ---- Completion: out = mask ? L : W, ||out - L||^2 and ||out||^2 ---- */
 
-#define LANES 64 /* sums of a row, which do not wait for each other */
+#define LANES 32 /* sums of a row, which do not wait for each other */
 
 struct completion {
     float *out; /* may be NULL: nothing but the sum */
     const float *L, *W;
     const uint8_t *mask;
-    double *sums; /* of each row */
+    double *sums; /* two of each row */
     int64_t rows, columns, out_stride, L_stride, W_stride, mask_stride, next_row;
     int threads;
 };
 
-INLINE float complete_row(float *out, const float *L, const float *W, const uint8_t *mask, int64_t n, int writes) {
-    float sums[LANES] = {0}, sum = 0;
+INLINE void complete_row(double *sums, float *out, const float *L, const float *W, const uint8_t *mask, int64_t n,
+                         int writes) {
+    float left[LANES] = {0}, all[LANES] = {0}, left_sum = 0, sum = 0;
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (int j = 0; j < LANES; j++) {
-            const float value = mask[i + j] ? L[i + j] : W[i + j], left = value - L[i + j];
+            const float value = mask[i + j] ? L[i + j] : W[i + j], difference = value - L[i + j];
             if (writes) out[i + j] = value;
-            sums[j] += left * left;
+            left[j] += difference * difference;
+            all[j] += value * value;
         }
     for (int j = 0; i < n; i++, j++) {
-        const float value = mask[i] ? L[i] : W[i], left = value - L[i];
+        const float value = mask[i] ? L[i] : W[i], difference = value - L[i];
         if (writes) out[i] = value;
-        sums[j] += left * left;
+        left[j] += difference * difference;
+        all[j] += value * value;
     }
-    for (int j = 0; j < LANES; j++) sum += sums[j];
-    return sum;
+    for (int j = 0; j < LANES; j++) left_sum += left[j], sum += all[j];
+    sums[0] = left_sum;
+    sums[1] = sum;
 }
 
 INLINE void complete(struct completion *c) {
@@ -492,8 +496,10 @@ INLINE void complete(struct completion *c) {
         for (int64_t i = begin; i < end; i++) {
             const float *L = c->L + i * c->L_stride, *W = c->W + i * c->W_stride;
             const uint8_t *mask = c->mask + i * c->mask_stride;
-            c->sums[i] = c->out ? complete_row(c->out + i * c->out_stride, L, W, mask, c->columns, 1)
-                                : complete_row(NULL, L, W, mask, c->columns, 0);
+            if (c->out)
+                complete_row(c->sums + 2 * i, c->out + i * c->out_stride, L, W, mask, c->columns, 1);
+            else
+                complete_row(c->sums + 2 * i, NULL, L, W, mask, c->columns, 0);
         }
 }
 
@@ -575,20 +581,23 @@ EXPORT int mendlm_unpack(void *out, const void *values, const void *bits, const 
     return u.inconsistent ? INCONSISTENT : DONE;
 }
 
-/* out = mask ? L : W, unless out is NULL, and the sum of (W - L)^2 where the mask is 0. Strides are of rows, in entries.
+/* out = mask ? L : W, unless out is NULL; the sums of (out - L)^2 and of out^2. Strides are of rows, in entries.
  * Returns an `enum status`. */
-EXPORT int mendlm_complete(double *sum, void *out, const void *L, const void *W, const void *mask, int64_t rows,
-                           int64_t columns, int64_t out_stride, int64_t L_stride, int64_t W_stride,
+EXPORT int mendlm_complete(double *left, double *all, void *out, const void *L, const void *W, const void *mask,
+                           int64_t rows, int64_t columns, int64_t out_stride, int64_t L_stride, int64_t W_stride,
                            int64_t mask_stride, int isa, int threads) {
     if (isa < GENERIC || isa > mendlm_isa()) return NOT_SERVED;
-    double *sums = calloc((size_t)(rows ? rows : 1), sizeof(double));
+    double *sums = calloc((size_t)(rows ? 2 * rows : 1), sizeof(double));
     if (!sums) return OUT_OF_MEMORY;
     struct completion c = {.out = out, .L = L, .W = W, .mask = mask, .sums = sums, .rows = rows, .columns = columns,
                            .out_stride = out_stride, .L_stride = L_stride, .W_stride = W_stride,
                            .mask_stride = mask_stride, .threads = threads};
     run(completers[isa], &c, rows > 1 ? threads : 1);
-    *sum = 0;
-    for (int64_t i = 0; i < rows; i++) *sum += sums[i];
+    *left = *all = 0;
+    for (int64_t i = 0; i < rows; i++) {
+        *left += sums[2 * i];
+        *all += sums[2 * i + 1];
+    }
     free(sums);
     return DONE;
 }

@@ -39,10 +39,10 @@ class Completion:
 
     def objective(self, L: Tensor) -> Tensor:
         """``||residual(L) - L||_F`` as a 0-dim tensor."""
-        return _root([complete(*tiles) for tiles in _tiles(L, self._W, self._mask)], L)
+        return _roots([complete(*tiles) for tiles in _tiles(L, self._W, self._mask)], L)[0]
 
-    def advance(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-        """``residual(left @ right)`` into `out` if it is given, and its `objective`, without forming the whole product.
+    def advance(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``residual(left @ right)`` into `out` if it is given, without forming the whole product.
 
         Parameters
         ----------
@@ -51,7 +51,8 @@ class Completion:
 
         Returns
         -------
-        0-dim tensor.
+        objective : of left @ right, a 0-dim tensor.
+        norm : of the residual, ``||residual(left @ right)||_F``, likewise.
         """
         rows, columns = _tile_of(self._W)
         scratch, squares = self._W.new_empty(rows * columns), []
@@ -60,7 +61,8 @@ class Completion:
         for (W, mask), (B, A) in zip(_tiles(self._W, self._mask), factors, strict=True):
             L = torch.mm(B, A, out=scratch[: W.numel()].view(W.shape))
             squares.append(complete(L, W, mask, *next(targets, ())))
-        return _root(squares, self._W)
+        objective, norm = _roots(squares, self._W)
+        return objective, norm
 
 
 def _tile_of(x: Tensor) -> tuple[int, int]:
@@ -76,5 +78,5 @@ def _tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield from zip(*(torch.split(x, columns, dim=1) for x in strips), strict=True)
 
 
-def _root(squares: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(squares).sum().sqrt().to(like.dtype)
+def _roots(squares: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(squares).sum(dim=0).sqrt().to(like.dtype)

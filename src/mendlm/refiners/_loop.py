@@ -159,7 +159,7 @@ def refine(
     objective, S = math.nan, None
     if not isinstance(measure, GramMetric):
         if refiner.refits_S and rank > 0:
-            objective = float(Completion(replace(problem, mask=mask)).advance(left, right))
+            objective = float(Completion(replace(problem, mask=mask)).advance(left, right)[0])
         else:
             fitted = _unfitted_S(dense, mask, found, measure)
             exact = left @ right

@@ -25,6 +25,7 @@ class _State:
     completion: Completion
     solver: LeadingTriplets
     residual: Tensor  # L = W - S, (d_out, d_in)
+    norm: Tensor | None = None  # of the residual; None: not known
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ class TLR(AbstractRefiner):
         r = self.rank_at(t)
         if isinstance(state, GramAlternation):
             return state, state.step(r)
-        fitted = state.solver.leading(state.residual, r)
-        objective = state.completion.advance(fitted.left, fitted.right, out=state.residual)
+        fitted = state.solver.leading(state.residual, r, norm=state.norm)
+        objective, state.norm = state.completion.advance(fitted.left, fitted.right, out=state.residual)
         values = torch.stack([objective, fitted.energy_frac]).tolist()
         return state, Progress(r, values[0], values[1])
 
