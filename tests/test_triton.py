@@ -74,7 +74,7 @@ def check(
 
 
 @interpreted
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(
     n=st.sampled_from([1, 1, 2, 16, 18]),
     d_in=st.integers(1, 300) | st.integers(1, 200).map(lambda k: 8 * k),
@@ -92,7 +92,7 @@ def test_equals_the_dense_product(
 
 
 @interpreted
-@settings(max_examples=20)
+@settings(max_examples=30)
 @given(
     d_in=st.integers(1, 300) | st.integers(1, 100).map(lambda k: 8 * k),
     d_out=st.integers(1, 20),
