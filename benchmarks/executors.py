@@ -14,7 +14,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import mendlm
 from _common import report
 from llama_shape import Llama, write
 from mendlm import TLR, Recipe
+from mendlm.checkpoints.finish import hash_files
 from mendlm.execution import AbstractExecutor, LocalExecutor, RayExecutor
 from mendlm.pipeline import TensorDone
 
@@ -70,8 +70,8 @@ def main() -> None:
                 for index, (_, executor, workers) in enumerate(kinds):
                     out = Path(scratch) / f"out-{index}"
                     times[index].append(measure(model, out, recipe, executor, workers))
-                    files = sorted(out.glob("*.safetensors"))
-                    written.add(tuple(sha256(path.read_bytes()).hexdigest() for path in files))
+                    hashes = hash_files(out, sorted(path.name for path in out.glob("*.safetensors")))
+                    written.add(tuple(file["sha256"] for file in hashes.values()))
                     for path in sorted(out.rglob("*"), reverse=True):
                         path.rmdir() if path.is_dir() else path.unlink()
                     out.rmdir()

@@ -138,9 +138,10 @@ class OldLibrary:
 
 
 def test_plans_are_kept_with_a_known_library_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cusparselt, "_library", lambda: None)
+    monkeypatch.setattr(_cusparselt, "_library", _cusparselt._library.__wrapped__)  # not what was found before
+    monkeypatch.setattr(_cusparselt, "_LIBRARY", "no such library")
     assert not _cusparselt.available()
-    monkeypatch.setattr(_cusparselt, "_library", OldLibrary)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: OldLibrary)
     assert not _cusparselt.available()
     monkeypatch.setattr(_cusparselt, "OLDEST", 501)
     assert _cusparselt.available()

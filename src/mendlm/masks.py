@@ -23,22 +23,18 @@ _LARGE_GROUP = 1 << 20
 _SAMPLES = 1 << 16
 _PIECE = 1 << 17  # entries that the cache holds
 
-# Whole matrices are passed over so many bytes at a time on a CPU. Measured at 4096 x 4096 and 11008 x 4096, rank 64:
-# L formed by 8 MiB saves a copy of W and a tenth of product and passes; blocks that fit the second cache are slower, as
-# the product repacks its operand.
+# Whole matrices are passed over so many bytes at a time on a CPU, where no more than that is to be copied at once.
 BLOCK_BYTES = 8 * 2**20
 
 
-def rows_of_block(x: Tensor) -> int:
-    """How many rows of `x` (d_out, d_in) to work on at a time: `BLOCK_BYTES` on a CPU, all elsewhere; at least 1."""
-    bytes_of_row = x.shape[1] * x.itemsize
-    return max(1, BLOCK_BYTES // max(1, bytes_of_row) if x.device.type == "cpu" else x.shape[0])
+def row_blocks(*tensors: Tensor, n_bytes: int = BLOCK_BYTES) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same rows of some `tensors` with as many rows, a block at a time.
 
-
-def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of the same rows of some `tensors` with as many rows, a block of the first at a time."""
-    rows = rows_of_block(tensors[0])
-    return zip(*(torch.split(x, rows) for x in tensors), strict=True)
+    A block is `n_bytes` of the first tensor on a CPU, at least one row; all of it elsewhere.
+    """
+    x = tensors[0]
+    rows = n_bytes // max(1, x.shape[1] * x.itemsize) if x.device.type == "cpu" else x.shape[0]
+    return zip(*(torch.split(x, max(1, rows)) for x in tensors), strict=True)
 
 
 def zero_(x: Tensor, mask: Tensor, *, off: bool) -> Tensor:

@@ -36,22 +36,23 @@ _DATA = 16384  # bytes for a structure of the library; the largest has had 11,02
 
 def available() -> bool:
     """Whether the library is there, and one that this module knows."""
-    return _library() is not None and _version() >= OLDEST
+    return _library() is not None
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(_LIBRARY, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+        found = ctypes.CDLL(_LIBRARY, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
     except (OSError, AttributeError):  # not loaded; a system without such libraries
         return None
+    return found if _version(found) >= OLDEST else None
 
 
-def _version() -> int:
+def _version(library: ctypes.CDLL) -> int:
     """As the library counts: 802 is 0.8.2."""
     number = [c_int(), c_int(), c_int()]
     for place, found in enumerate(number):
-        _call("GetProperty", c_int(place), byref(found))
+        library.cusparseLtGetProperty(c_int(place), byref(found))
     major, minor, patch = (found.value for found in number)
     return 1000 * major + 100 * minor + patch
 
@@ -72,30 +73,32 @@ def _structure() -> c_void_p:
 
 @functools.cache
 def _handle(device: int) -> c_void_p:
+    """Of the device, which is the current one."""
     handle = _structure()
-    with torch.cuda.device(device):
-        _call("Init", handle)
+    _call("Init", handle)
     return handle
 
 
 class _Plan:
-    """``y = x Sᵀ`` for one size: x (n, d_in), S (d_out, d_in) 2:4, y (n, d_out), rows one after the other."""
+    """``y = x Sᵀ`` for one size: x (n, d_in), S (d_out, d_in) 2:4, y (n, d_out), rows one after the other.
+
+    Made and called while its device is the current one.
+    """
 
     def __init__(self, device: int, d_out: int, d_in: int, n: int, dtype: torch.dtype, config: int | None) -> None:
         handle, kind, align = _handle(device), _TYPES[dtype], c_uint32(ALIGNMENT)
         S, x, y, product, algorithm, plan = (_structure() for _ in range(6))
         rows, columns, tokens = c_int64(d_out), c_int64(d_in), c_int64(n)
-        with torch.cuda.device(device):
-            _call("StructuredDescriptorInit", handle, S, rows, columns, columns, align, kind, _ROW, 0)
-            _call("DenseDescriptorInit", handle, x, tokens, columns, columns, align, kind, _ROW)
-            _call("DenseDescriptorInit", handle, y, rows, tokens, rows, align, kind, _COLUMN)
-            _call("MatmulDescriptorInit", handle, product, 0, 1, S, x, y, y, _FLOAT32_SUMS)
-            _call("MatmulAlgSelectionInit", handle, algorithm, product, 0)
-            if config is not None:
-                _call("MatmulAlgSetAttribute", handle, algorithm, _CONFIG, byref(c_int(config)), c_size_t(4))
-            found = c_int()
-            _call("MatmulAlgGetAttribute", handle, algorithm, _N_CONFIGS, byref(found), c_size_t(4))
-            _call("MatmulPlanInit", handle, plan, product, algorithm)
+        _call("StructuredDescriptorInit", handle, S, rows, columns, columns, align, kind, _ROW, 0)
+        _call("DenseDescriptorInit", handle, x, tokens, columns, columns, align, kind, _ROW)
+        _call("DenseDescriptorInit", handle, y, rows, tokens, rows, align, kind, _COLUMN)
+        _call("MatmulDescriptorInit", handle, product, 0, 1, S, x, y, y, _FLOAT32_SUMS)
+        _call("MatmulAlgSelectionInit", handle, algorithm, product, 0)
+        if config is not None:
+            _call("MatmulAlgSetAttribute", handle, algorithm, _CONFIG, byref(c_int(config)), c_size_t(4))
+        found = c_int()
+        _call("MatmulAlgGetAttribute", handle, algorithm, _N_CONFIGS, byref(found), c_size_t(4))
+        _call("MatmulPlanInit", handle, plan, product, algorithm)
         self.n_configs = found.value
         workspace = c_size_t()
         _call("MatmulGetWorkspace", handle, plan, byref(workspace))

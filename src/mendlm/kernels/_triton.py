@@ -133,8 +133,14 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 def _overlap(x: Tensor, wanted: bool = True) -> dict[str, bool]:
     """Whether a kernel may begin before the one before it has ended, as Hopper and later devices can."""
-    able = wanted and HAS_OVERLAP and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return {"OVERLAP": able, "launch_pdl": able} if able else {"OVERLAP": False}
+    able = wanted and HAS_OVERLAP and x.is_cuda and _is_hopper(x.device)
+    return {"OVERLAP": True, "launch_pdl": True} if able else {"OVERLAP": False}
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    """Or later."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache

@@ -66,14 +66,14 @@ class Completion:
 
 
 def _tile_of(x: Tensor) -> tuple[int, int]:
-    """Rows and columns to work on at a time; all of them on other devices than a CPU."""
-    shape = min(TILE[0], x.shape[0]), min(TILE[1], x.shape[1])
-    return shape if x.device.type == "cpu" else (x.shape[0], x.shape[1])
+    """Rows and columns to work on at a time, at least one of each; all of them on other devices than a CPU."""
+    rows, columns = (max(1, n) for n in x.shape)
+    return (min(TILE[0], rows), min(TILE[1], columns)) if x.device.type == "cpu" else (rows, columns)
 
 
 def _tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same tiles of some `tensors` (d_out, d_in), row by row."""
-    rows, columns = (max(1, n) for n in _tile_of(tensors[0]))
+    rows, columns = _tile_of(tensors[0])
     for strips in zip(*(torch.split(x, rows) for x in tensors), strict=True):
         yield from zip(*(torch.split(x, columns, dim=1) for x in strips), strict=True)
 

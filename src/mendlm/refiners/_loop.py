@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,7 +13,7 @@ from mendlm.decomposition import SparseLowRank
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats
 from mendlm.linalg import all_finite, compute_dtype
-from mendlm.masks import zero_
+from mendlm.masks import row_blocks, zero_
 from mendlm.metrics import GramMetric, Metric, MetricName, diagonal_metric, gram_metric, ratio
 from mendlm.patterns import Pattern
 from mendlm.refiners._base import AbstractRefiner, Problem, Progress
@@ -24,7 +23,7 @@ from mendlm.refiners._least_squares import masked_least_squares
 DEFAULT_DAMPING = 0.01
 # The last fit of S in the Gram metric: until a step gains less than this share of the squared error, or this many.
 FINAL_RTOL, FINAL_STEPS = 1e-4, 200
-STRIP = 2**18  # entries, of some matrices, that the cache holds
+STRIP_BYTES = 2**20  # of one of a few matrices that the cache holds at once
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def refine(
     if S is None:
         S = torch.empty(W.shape, dtype=storage, device=W.device)
     squares, is_finite = [], all_finite(B) and all_finite(A)
-    for stored, gap, kept in _strips(S, error, mask):
+    for gap, stored, kept in row_blocks(error, S, mask, n_bytes=STRIP_BYTES):
         if fits:
             stored.copy_((gap * kept.to(compute)).add_(0.0))  # + 0 turns the -0 of a product into 0
         is_finite = is_finite and all_finite(stored)
@@ -202,13 +201,6 @@ def refine(
         measure.damping,
         None if measure.name == "plain" else ratio(measure.norm(error), measure.norm(dense)),
     )
-
-
-def _strips(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of some matrices, few enough for a CPU's cache; all of them on other devices."""
-    x = tensors[0]
-    rows = max(1, STRIP // max(1, x.shape[1])) if x.device.type == "cpu" else max(1, x.shape[0])
-    return zip(*(torch.split(x, rows) for x in tensors), strict=True)
 
 
 def _unfitted_S(dense: Tensor, mask: Tensor, found: Tensor | None, metric: Metric) -> Tensor:
