@@ -64,9 +64,11 @@ def capability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
 
 
-@pytest.fixture
-def on_cpu(capability: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the CPU for that device, and multiply there."""
+@pytest.fixture(params=["S alone", "B beside S"])
+def on_cpu(request: pytest.FixtureRequest, capability: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the CPU for that device, and multiply there; with and without B in the semi-structured tensor."""
+    if request.param == "B beside S":
+        monkeypatch.setattr(semi_structured, "holds_B", lambda S, lora_B: lora_B.shape[1] > 0)
     obstacle = semi_structured.obstacle
     monkeypatch.setattr(semi_structured, "obstacle", lambda mask, d_in, dtype, _: obstacle(mask, d_in, dtype, CUDA))
     monkeypatch.setattr(Cutlass, "_validate_device_dim_dtype_shape", lambda S: None)
@@ -219,6 +221,51 @@ def test_takes_packed_values(on_cpu: None) -> None:
     assert torch.equal(layer(x), other(x))
 
 
+@torch.no_grad()
+def test_takes_a_part_of_its_state(on_cpu: None) -> None:
+    layer, other = make_layer(), make_layer()
+    layer.set_runtime("semi-structured")
+    for name in ("lora_B", "weight_values"):
+        getattr(other, name).neg_()
+        layer.load_state_dict({name: getattr(other, name)}, strict=False)
+        state = other.state_dict()
+        assert all(torch.equal(t, state[key]) for key, t in layer.state_dict().items())
+
+
+def test_factors_stay_as_trainable_as_they_were(on_cpu: None) -> None:
+    layer = make_layer()
+    layer.lora_B.requires_grad_(False)
+    layer.set_runtime("semi-structured")
+    layer.set_runtime("packed")
+    assert not layer.lora_B.requires_grad
+    assert layer.lora_A.requires_grad
+    layer.lora_B.requires_grad_(True)
+    layer.set_runtime("semi-structured")
+    layer.set_runtime("factored")
+    assert layer.lora_B.requires_grad
+
+
+def test_gradients_are_refused(on_cpu: None) -> None:
+    layer = make_layer()
+    layer.set_runtime("semi-structured")
+    y = layer(torch.ones(2, 128, dtype=torch.bfloat16))
+    with pytest.raises(UsageError, match=r"has no gradients: call set_runtime\('factored'\)"):
+        y.sum().backward()
+    layer.requires_grad_(False)
+    x = torch.ones(2, 128, dtype=torch.bfloat16)
+    assert not layer(x).requires_grad
+    with pytest.raises(UsageError, match="has no gradients"):
+        layer(x.requires_grad_(True)).sum().backward()
+
+
+def test_autocast(on_cpu: None) -> None:
+    layer = make_layer()
+    layer.set_runtime("semi-structured")
+    x = torch.ones(2, 128)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), layer(x.bfloat16()))
+
+
 def test_stays_where_it_is(on_cpu: None) -> None:
     layer = make_layer()
     layer.set_runtime("semi-structured")
@@ -296,13 +343,19 @@ def test_forward_on_the_device(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_large_layers_on_the_device(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = make_layer(2048, 1024, rank=70, bias=bias, dtype=dtype, device="cuda")
+@pytest.mark.parametrize("shape", [(2048, 1024), (1024, 2048)], ids=["up", "down"])
+def test_large_layers_on_the_device(
+    dtype: torch.dtype, bias: bool, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = make_layer(*shape, rank=70, bias=bias, dtype=dtype, device="cuda")
+    state = {name: t.clone() for name, t in layer.state_dict().items()}
     layer.set_runtime("factored")
     n = 1030  # padded, and tried with every algorithm
-    x = torch.randn(2, n // 2, 1024, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+    x = torch.randn(2, n // 2, shape[1], generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
     expected = layer(x).double()
     layer.set_runtime("semi-structured")
+    assert layer._holds_B() == (shape[0] < shape[1])
+    assert all(torch.equal(t, state[name]) for name, t in layer.state_dict().items())
     bound = 8 * torch.finfo(dtype).eps * float(expected.abs().max())
     y = layer(x)
     assert (y - expected).abs().max() <= bound

@@ -133,6 +133,28 @@ def check_product(dtype: torch.dtype, shape: tuple[int, int, int], device: str) 
     assert ((found - expected).abs() <= bound + torch.finfo(dtype).tiny).all()
 
 
+WIDE = [(5, 8, 2000, 3, 64), (3, 3, 1024, 128, 256), (1, 8, 16, 0, 16)]
+
+
+@interpreted
+@pytest.mark.parametrize("shape", WIDE, ids=str)
+def test_puts_beside(shape: tuple[int, int, int, int, int]) -> None:
+    check_beside(torch.bfloat16, shape, "cpu")
+
+
+def check_beside(dtype: torch.dtype, shape: tuple[int, int, int, int, int], device: str) -> None:
+    from mendlm.kernels import _triton
+
+    n, n_rows, d_in, rank, more = shape
+    g = torch.Generator().manual_seed(0)
+    x, h = (torch.randn(size, generator=g).to(dtype) for size in ((n, d_in), (n, rank)))
+    expected = torch.zeros(n_rows, d_in + more, dtype=dtype)
+    expected[:n, :d_in] = x
+    for i in range(rank):
+        expected[:n, d_in + 4 * (i // 2) + i % 2] = h[:, i]
+    assert torch.equal(_triton.beside(x.to(device), h.to(device), n_rows, d_in + more).cpu(), expected)
+
+
 @interpreted
 def test_leading_dimensions_and_no_tokens() -> None:
     from mendlm.kernels import _triton
@@ -160,7 +182,7 @@ def test_in_the_interpreter() -> None:
             "no:cacheprovider",
             __file__,
             "-k",
-            "dense_product or leading or unpacks or adds",
+            "dense_product or leading or unpacks or adds or puts",
         ],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parents[1],
@@ -168,7 +190,7 @@ def test_in_the_interpreter() -> None:
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "9 passed" in run.stdout
+    assert "12 passed" in run.stdout
 
 
 COMPILE = """
@@ -196,6 +218,11 @@ for tuned, more in versions:
     assert kernel.asm["cubin"]
     assert ("mma" in kernel.asm["ptx"]) == (more.get("TOKENS") == 16)
     assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == more.get("OVERLAP", False)
+plain = {name: "*bf16" for name in "x y h lora_B wide".split()} | {name: "i32" for name in [*numbers, "rank", "width"]}
+for kernel, constants in [(_triton._add_product, {"rank": 128, "WIDEN": False}), (_triton._beside, {"COLUMNS": 1024})]:
+    taken = {name: kind for name, kind in plain.items() if name in kernel.arg_names}
+    source = ASTSource(kernel, taken | {name: "constexpr" for name in constants}, constants)
+    assert compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32)).asm["cubin"]
 """
 
 
@@ -244,6 +271,8 @@ def test_unpacks_on_the_device(density: float | str, dtype: torch.dtype) -> None
     check_unpack(1000, 70, density, dtype, "cuda")
     if dtype in (torch.bfloat16, torch.float16):
         check_product(dtype, (300, 200, 70), "cuda")
+        for shape in WIDE:
+            check_beside(dtype, shape, "cuda")
 
 
 @compiled

@@ -89,7 +89,8 @@ class SparseLowRankLinear(nn.Module):
     runtime: str
     _half_of: int  # for the kernels, see `mendlm.packing.half_of`
     bias: nn.Parameter | None
-    _sparse: Tensor  # S in the semi-structured runtime
+    _sparse: Tensor  # S in the semi-structured runtime, and B beside it if `lora_B` is no parameter
+    _trains_b: bool  # what B's `requires_grad` was then
     row_starts: Tensor | None
 
     def __init__(
@@ -152,11 +153,21 @@ class SparseLowRankLinear(nn.Module):
             packed_S = self.weight_values, self._bitmask, self._row_starts()
             return kernels.packed_linear(x, *packed_S, self.lora_A, self.lora_B, self.bias, self._half_of)
         if self.runtime == "semi-structured":
-            y = semi_structured.multiply(x, self._sparse, self.bias)
-        else:
-            y = linear(x, self._dense(), self.bias)
+            return self._multiply_semi_structured(x)
+        y = linear(x, self._dense(), self.bias)
         alone = not self._needs_grad(x) and not torch.is_autocast_enabled(x.device.type)
         return kernels.add_low_rank(y, x, self.lora_A, self.lora_B, in_place=alone)
+
+    def _multiply_semi_structured(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = semi_structured.multiply(x, self._sparse, self.lora_A, self.bias)
+            if self._holds_B():
+                alone = not torch.is_autocast_enabled(x.device.type)
+                y = kernels.add_low_rank(y, x, self.lora_A, self.lora_B, in_place=alone)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return y
+        inputs = [t for t in (x, *self.parameters(recurse=False)) if t.requires_grad]
+        return _NoGradient.apply(y, *inputs) if inputs else y  # type: ignore[no-untyped-call]
 
     def set_runtime(self, runtime: str) -> None:
         """Change the runtime in place; between all but the merged one without any loss (of the sign of zeros at most).
@@ -175,9 +186,9 @@ class SparseLowRankLinear(nn.Module):
             if runtime == "merged":
                 self._merge()
             elif runtime == "semi-structured":
-                sparse = self._compressed(self._dense(), self._bitmask)
+                sparse = self._compressed(self._dense(), self._bitmask, self.lora_B)
                 self._forget_S()
-                self._sparse = sparse
+                self._hold_sparse(sparse)
             elif runtime == "factored":
                 S = self._dense()
                 self._forget_S()
@@ -201,7 +212,7 @@ class SparseLowRankLinear(nn.Module):
             "weight_values": self.weight_values if self.runtime == "packed" else self._packed_values(),
             "weight_bitmask": self._bitmask,
             "lora_A": self.lora_A,
-            "lora_B": self.lora_B,
+            "lora_B": self._B(),
         }
 
     def extra_repr(self) -> str:
@@ -245,15 +256,37 @@ class SparseLowRankLinear(nn.Module):
         """S (d_out, d_in) in any runtime but the merged one."""
         if self.runtime == "factored":
             return self.weight
-        return self._sparse.to_dense() if self.runtime == "semi-structured" else self._unpacked()
+        return self._split()[0] if self.runtime == "semi-structured" else self._unpacked()
 
-    def _compressed(self, S: Tensor, bitmask: Tensor) -> Tensor:
+    def _holds_B(self) -> bool:
+        """Whether B is a parameter of the layer; otherwise it is a part of `_sparse`."""
+        return LORA_B in self._parameters
+
+    def _B(self) -> Tensor:
+        """B (d_out, rank) in any runtime but the merged one."""
+        return self.lora_B if self._holds_B() else self._split()[1]
+
+    def _split(self) -> tuple[Tensor, Tensor]:
+        """S and B in the semi-structured runtime."""
+        S, B = semi_structured.split(self._sparse, self.in_features, self.rank)
+        return S, self.lora_B if B is None else B
+
+    def _compressed(self, S: Tensor, bitmask: Tensor, lora_B: Tensor) -> Tensor:
         reason = semi_structured.obstacle(bitmask, self.in_features, S.dtype, S.device)
         if reason is not None:
             raise UsageError(f"the layer cannot become semi-structured: {reason}.")
-        return semi_structured.compress(S)
+        return semi_structured.compress(S, lora_B)
+
+    def _hold_sparse(self, sparse: Tensor) -> None:
+        """Keep what `_compressed` gave, and B in one place only: a change of a copy would change nothing."""
+        self._sparse = sparse
+        if sparse.shape[1] > self.in_features and self._holds_B():
+            self._trains_b = self.lora_B.requires_grad
+            del self.lora_B
 
     def _forget_S(self) -> None:
+        if not self._holds_B():
+            self.lora_B = nn.Parameter(self._B(), requires_grad=self._trains_b)
         delattr(self, {"packed": "weight_values", "factored": "weight", "semi-structured": "_sparse"}[self.runtime])
         self.row_starts = None
 
@@ -262,7 +295,7 @@ class SparseLowRankLinear(nn.Module):
 
     def _merge(self) -> None:
         S = self._dense()
-        merged = merge(S, self.lora_B, self.lora_A, S.dtype)
+        merged = merge(S, self._B(), self.lora_A, S.dtype)
         self._forget_S()
         del self.lora_A, self.lora_B, self.weight_bitmask, self.row_starts
         self._set_weight(merged, trainable=True)  # an ordinary dense layer now
@@ -286,19 +319,36 @@ class SparseLowRankLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.runtime in ("factored", "semi-structured"):
             destination.pop(prefix + "weight", None)
-            values = self._packed_values()
-            destination[prefix + "weight_values"] = values if keep_vars else values.detach()
+            packed = self.packed_tensors()
+            for name in (VALUES, LORA_B):
+                destination[prefix + name] = packed[name] if keep_vars else packed[name].detach()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """The inverse: packed values become S in the runtime of the layer."""
         self.row_starts, self._half_of = None, 0
-        apart = self.runtime in ("factored", "semi-structured")
-        values = state_dict.pop(prefix + "weight_values", None) if apart else None
-        if values is not None:
-            bitmask = state_dict[prefix + "weight_bitmask"]
-            S = scatter(values, bitmask, self.in_features)
-            if self.runtime == "factored":
+        if self.runtime in ("factored", "semi-structured"):
+            bitmask: Tensor = state_dict.get(prefix + BITMASK, self._bitmask)
+            values = state_dict.pop(prefix + VALUES, None)
+            S = None if values is None else scatter(values, bitmask, self.in_features)
+            B = None if self._holds_B() else state_dict.pop(prefix + LORA_B, None)
+            if self.runtime == "factored" and S is not None:
                 state_dict[prefix + "weight"] = S
-            else:
-                self._sparse = self._compressed(S.to(self.lora_A), bitmask)
+            elif self.runtime == "semi-structured" and not (S is None and B is None):
+                S, B = self._dense() if S is None else S, self._B() if B is None else B
+                self._hold_sparse(self._compressed(S.to(self.lora_A), bitmask, B.to(self.lora_A)))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _NoGradient(torch.autograd.Function):
+    """y, whose gradient with regard to the other arguments is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *inputs: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise UsageError(
+            "a semi-structured layer has no gradients: call set_runtime('factored') on it, or load the model with "
+            "runtime='factored'."
+        )

@@ -126,6 +126,21 @@ def add_product(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
     return y
 
 
+def beside(x: Tensor, h: Tensor, n_rows: int, width: int) -> Tensor:
+    """(n_rows, width): x (n, d_in) with h (n, rank) beside it, two of its columns and two of zeros by turns.
+
+    What is below n and beyond rank is zero; `width` - d_in is a multiple of 4 and at least 2 · rank. All of one dtype.
+    """
+    (n_tokens, d_in), rank = x.shape, h.shape[1]
+    wide = x.new_empty(n_rows, width)
+    if wide.numel():
+        columns = 1024
+        with _on(x):
+            grid = (n_rows, triton.cdiv(width, columns))
+            _beside[grid](x.contiguous(), h.contiguous(), wide, n_tokens, d_in, rank, width, COLUMNS=columns)
+    return wide
+
+
 def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """The device of `x`, for a launch."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
@@ -506,7 +521,30 @@ def add_a_product(
     tl.store(place, (before.to(tl.float32) + sums).to(before.dtype), mask=inside)
 
 
+def put_beside(
+    x: tl.tensor,
+    h: tl.tensor,
+    wide: tl.tensor,
+    n_tokens: tl.tensor,
+    d_in: tl.tensor,
+    rank: tl.tensor,
+    width: tl.tensor,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Some columns of a row of `wide`."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_token = (token + tl.zeros_like(columns)) < n_tokens
+    of_x = tl.load(x + token * d_in + columns, mask=is_token & (columns < d_in), other=0.0)
+    place = columns - d_in
+    ranks = place // 4 * 2 + place % 4
+    is_h = is_token & (place >= 0) & (place % 4 < 2) & (ranks < rank)
+    of_h = tl.load(h + token * rank + ranks, mask=is_h, other=0.0)
+    tl.store(wide + token * width + columns, tl.where(is_h, of_h, of_x), mask=columns < width)
+
+
 _add_product = triton.jit(add_a_product)
+_beside = triton.jit(put_beside)
 
 
 def _tuned(kernel: Any, configs: list[tuple[dict[str, Any], int]], *more: str) -> Any:
