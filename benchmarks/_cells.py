@@ -11,8 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from _common import ROOT, environment, smollm2, wikitext
 from mendlm.budgets import stored_frac
@@ -59,7 +62,9 @@ def run(*arguments: str) -> tuple[dict[str, Any], float]:
 
 
 class Cells:
-    """Cells that are done, in a results file that a fresh clone goes on from and in a journal of this machine.
+    """Cells that are done, in results files that a fresh clone goes on from and in a journal of this machine.
+
+    A cell that was measured on one device counts as done; there is a results file for each kind of device.
 
     Parameters
     ----------
@@ -70,18 +75,21 @@ class Cells:
 
     def __init__(self, name: str, fields: tuple[str, ...], flags_of: Callable[[Key], list[str] | None]) -> None:
         self._name, self._fields, self._flags_of = name, fields, flags_of
-        self.results = ROOT / "benchmarks" / "results" / f"{name}-cpu.json"
         self._journal = ROOT / "work" / f"{name}.jsonl"
         self.done: dict[Key, dict[str, Any]] = {}
-        rows = json.loads(self.results.read_text())["rows"] if self.results.exists() else []
+        files = [self._results(kind) for kind in ("cuda", "cpu")]
+        rows = [row for path in files if path.exists() for row in json.loads(path.read_text())["rows"]]
         rows += [json.loads(line) for line in self._journal.read_text().splitlines()] if self._journal.exists() else []
         for row in rows:
             key = tuple(row[field] for field in fields)
             if row["flags"] == shown(flags_of(key) or []):
                 self.done[key] = row
 
-    def go_on(self, wanted: list[Key], minutes: float, n_jobs: int = 1) -> None:
-        """Measure what is missing, in this order; start no new cell after `minutes`.
+    def _results(self, device: str) -> Path:
+        return ROOT / "benchmarks" / "results" / f"{self._name}-{device.partition(':')[0]}.json"
+
+    def go_on(self, wanted: list[Key], minutes: float, n_jobs: int = 1, device: str = "cpu") -> None:
+        """Measure what is missing, in this order, on a device; start no new cell after `minutes`.
 
         `n_jobs` cells run at a time, each on one thread if there is more than one. A cell that is stopped goes on from
         its tensors done so far.
@@ -92,7 +100,8 @@ class Cells:
             smollm2()
             if n_jobs > 1:
                 os.environ.setdefault("OMP_NUM_THREADS", "1")
-            run_jobs(map(self._job, missing), self, workers=n_jobs, minutes=minutes)
+            jobs = (replace(self._job(key), device=device) for key in missing)
+            run_jobs(jobs, self, workers=n_jobs, minutes=minutes)
         if left := sum(key not in self.done for key in wanted):
             print(f"{left} cells are left; run again to go on")
 
@@ -127,22 +136,26 @@ class Cells:
                 "peak_mb": round(figures["peak_memory_bytes"] / 1e6),
                 "ratio": stored_frac(figures["stored_bytes"], figures["dense_bytes"]),
             }
+            if job.device != "cpu":
+                row["peak_device_mb"] = round(figures["peak_device_bytes"] / 1e6)
             remove_work(Path(job.out))
+        if job.device != "cpu":
+            row["device"] = torch.cuda.get_device_name(job.device)
         row = dict(zip(self._fields, key, strict=True)) | row
         with self._journal.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.done[key] = row
         print(*key, {k: v for k, v in row.items() if k not in ("flags", *self._fields)}, flush=True)
 
-    def write(self, protocol: str) -> None:
-        """The results file."""
+    def write(self, protocol: str, device: str = "cpu") -> None:
+        """The results file of the cells measured on a device."""
         document = {
             "benchmark": self._name,
-            "environment": environment("cpu"),
+            "environment": environment(device),
             "protocol": protocol,
-            "rows": list(self.done.values()),
+            "rows": [row for row in self.done.values() if ("device" in row) == (device != "cpu")],
         }
-        self.results.write_text(json.dumps(document, indent=1) + "\n")
+        self._results(device).write_text(json.dumps(document, indent=1) + "\n")
 
     def from_command_line(self, description: str, cells: list[Key], choices: list[list[str]], n_jobs: int) -> bool:
         """Measure the `cells` that the command line asks for, and write the results; False if it only lists them.
@@ -156,6 +169,7 @@ class Cells:
             parser.add_argument(f"--{flag}", nargs="+", choices=values, default=values)
         parser.add_argument("--minutes", type=float, default=55.0, help="start no new cell after this")
         parser.add_argument("--jobs", type=int, default=n_jobs, help="cells at a time, on one thread each if several")
+        parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
         parser.add_argument("--list", action="store_true", help="show what is done and what is not, and stop")
         options = vars(parser.parse_args())
         chosen = [options[flag] for flag in flags]
@@ -166,8 +180,10 @@ class Cells:
             missing = [key for key in wanted if key not in self.done]
             print(f"{len(self.done)} cells done, {len(missing)} missing: {missing}")
             return False
-        self.go_on(wanted, options["minutes"], options["jobs"])
-        self.write(description.split("Protocol: ")[1])
+        try:
+            self.go_on(wanted, options["minutes"], options["jobs"], options["device"])
+        finally:
+            self.write(description.split("Protocol: ")[1], options["device"])
         return True
 
 

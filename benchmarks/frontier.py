@@ -1,22 +1,23 @@
 """Perplexity of SmolLM2-135M against stored bytes, by method; the published one-shot methods and ours, in one protocol.
 
-    python benchmarks/frontier.py [--methods …] [--patterns …] [--ranks …] [--minutes 55] [--jobs 2] [--list]
+    python benchmarks/frontier.py [--methods …] [--patterns …] [--ranks …] [--minutes M] [--jobs N] [--device …]
 
-Resumable: a cell is a point of a sweep; one that is done is kept in work/frontier.jsonl and results/frontier-cpu.json;
-docs/quality.md and docs/images/frontier.svg are drawn from what there is. The most telling cells come first: rank 16 at
-2:4 and 50 %.
+Resumable: a cell is a point of a sweep; one that is done is kept in work/frontier.jsonl and results/frontier-cpu.json
+or frontier-cuda.json; docs/quality.md and docs/images/frontier.svg are drawn from what there is. The most telling cells
+come first: rank 16 at 2:4 and 50 %.
 
 Protocol: perplexity in float32 on the WikiText-2 raw test split joined with blank lines, its first 8 windows of 2048
 tokens, no BOS. Calibration of every method, ours too: the first 32 windows of 1024 tokens of the tokenised WikiText-2
 validation split, `<unk>` read as "the", run in bfloat16; "self": as many tokens that the model wrote itself; block by
 block on what the compressed blocks before give. All linear layers of the blocks, not the embedding. Storage float32.
 Under a sparsity weights compete as in the criterion's paper (Wanda and DSnoT by row, others in the tensor; OATS by
-row). Seconds are of the compression on one thread of a busy machine.
+row). Seconds are of the compression on one thread of a busy machine; on a GPU, of one of `--jobs` that shared it.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from _cells import Cells, Key, calibration_text, replace_block, table
 from _common import ROOT
@@ -116,14 +117,20 @@ def markdown(store: Cells) -> str:
             rows = {r: found[method, r] for r in ranks if (method, r) in found}
             last = rows.get("16") or next(iter(rows.values()))
             shown = [_cell(rows[r]["ppl"], least[r]) if r in rows else "" for r in ranks]
-            facts = [f"{last['ppl'] / dense:.2f}", f"{last['seconds']:.0f}", f"{last['peak_mb']}"]
-            lines.append([method, *shown, *facts])
+            lines.append([method, *shown, f"{last['ppl'] / dense:.2f}", *_costs(last)])
         parts.append(table(lines))
     return "\n\n".join(parts)
 
 
 def _cell(ppl: float, least: float) -> str:
     return f"**{ppl:.2f}**" if ppl == least else f"{ppl:.2f}"
+
+
+def _costs(row: dict[str, Any]) -> list[str]:
+    """Seconds and the peak of memory, which is the device's where that is a GPU."""
+    on_gpu = "device" in row
+    costs = f"{row['seconds']:.0f}", str(row["peak_device_mb" if on_gpu else "peak_mb"])
+    return [f"{cost} (GPU)" if on_gpu else cost for cost in costs]
 
 
 def excess(store: Cells) -> str:

@@ -4,7 +4,7 @@
     python benchmarks/scaling.py work/llama-4 [--only GLOB …] [--n-iter 50]
     python benchmarks/scaling.py --simulate         # 7B and 70B on 1 to 1,000 workers, from the seconds measured
     python benchmarks/scaling.py --writer FOLDER    # MB/s of the writer there
-    python benchmarks/scaling.py --batched          # many small tensors in one batched call against one by one
+    python benchmarks/scaling.py --batched [--device cuda]  # many small tensors in one batched call, or one by one
 
 Seconds are of the processor, all threads added, so that other work on the machine changes them little; wall time is
 beside them. The bare products are timed in the same run, right after every tensor, since machines are not as fast every
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 import mendlm
-from _common import ROOT, report
+from _common import ROOT, report, synchronize
 from llama_shape import LLAMA_7B, LLAMA_70B, Llama, matrix
 from mendlm import TLR, Recipe, Unstructured
 from mendlm._memory import peak_memory_bytes
@@ -299,7 +299,7 @@ def batched_tlr(W: torch.Tensor, mask: torch.Tensor, refiner: TLR, generator: to
     """The residuals of a stack W (n, d_out, d_in) after TLR by subspace steps, every product a batched one."""
     lookahead = LOOKAHEAD_STEPS * (refiner.rank - 1) // max(refiner.n_iter - 1, 1)
     most = min(refiner.rank + OVERSAMPLING, *W.shape[1:])
-    fresh = torch.randn(W.shape[0], W.shape[2], most, generator=generator)
+    fresh = torch.randn(W.shape[0], W.shape[2], most, generator=generator).to(W)
     V, M = fresh[:, :, :0], torch.where(mask, 0, W)
     for t in range(refiner.n_iter):
         r = refiner.rank_at(t)
@@ -322,28 +322,36 @@ def batched_tlr(W: torch.Tensor, mask: torch.Tensor, refiner: TLR, generator: to
     return M
 
 
-def batched(n_iter: int = 50) -> Iterator[dict[str, Any]]:
-    """One batched loop against `mendlm.refine` tensor by tensor; the errors show that both do the same work."""
-    for n, d_out, d_in, rank in ((64, 256, 512, 16), (32, 192, 576, 16)):
+def batched(n_iter: int, device: str) -> Iterator[dict[str, Any]]:
+    """One batched loop against `mendlm.refine` tensor by tensor; the errors show that both do the same work.
+
+    Seconds are of the processor on a CPU, and wall time, after the device has ended, on another device.
+    """
+
+    def now() -> float:
+        synchronize(device)
+        return time.process_time() if device == "cpu" else time.perf_counter()
+
+    for n, d_out, d_in, rank in ((64, 256, 512, 16), (32, 192, 576, 16), (32, 1024, 2048, 32)):
         generator = torch.Generator().manual_seed(0)
-        W = torch.stack([matrix(d_out, d_in, generator) for _ in range(n)])
+        W = torch.stack([matrix(d_out, d_in, generator) for _ in range(n)]).to(device)
         mask = torch.stack([mendlm.select_mask(w, "magnitude", Unstructured(0.5)) for w in W])
         refiner = TLR(rank, n_iter=n_iter, solver="subspace")
         seconds = {"one_by_one": math.inf, "batched": math.inf}
         for _ in range(3):
-            began = time.process_time()
+            began = now()
             alone = [mendlm.refine(w, m, refiner) for w, m in zip(W, mask, strict=True)]
-            seconds["one_by_one"] = min(seconds["one_by_one"], time.process_time() - began)
-            began = time.process_time()
+            seconds["one_by_one"] = min(seconds["one_by_one"], now() - began)
+            began = now()
             M = batched_tlr(W, mask, refiner, generator)
-            seconds["batched"] = min(seconds["batched"], time.process_time() - began)
+            seconds["batched"] = min(seconds["batched"], now() - began)
         tails = torch.linalg.svdvals(M)[:, rank:].square().sum(1) / W.square().sum((1, 2))
         yield {
             "tensors": n,
             "shape": f"{d_out}x{d_in}",
             "rank": rank,
-            "one_by_one_cpu_seconds": seconds["one_by_one"],
-            "batched_cpu_seconds": seconds["batched"],
+            "one_by_one_seconds": seconds["one_by_one"],
+            "batched_seconds": seconds["batched"],
             "times": seconds["one_by_one"] / seconds["batched"],
             "rel_error": sum(one.rel_error for one in alone) / n,
             "batched_rel_error": float(tails.sqrt().mean()),
@@ -375,6 +383,7 @@ def main() -> None:
     parser.add_argument("--simulate", action="store_true")
     parser.add_argument("--writer", type=Path, metavar="FOLDER")
     parser.add_argument("--batched", action="store_true")
+    parser.add_argument("--device", default="cpu", help="of --batched: cpu or cuda")
     options = parser.parse_args()
     if options.folder is not None:
         measure(options.folder, options.only, options.n_iter)
@@ -384,7 +393,8 @@ def main() -> None:
         report("scaling-writer", "cpu", [writer_rate(options.writer)])
     if options.batched:
         torch.set_num_threads(1)
-        report("scaling-batched", "cpu", list(batched(options.n_iter)), "Processor time, one thread; the best of 3.")
+        rows = list(batched(options.n_iter, options.device))
+        report("scaling-batched", options.device, rows, f"T = {options.n_iter}; one thread; the best of 3.")
 
 
 if __name__ == "__main__":
