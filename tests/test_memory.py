@@ -27,7 +27,7 @@ small, W = torch.randn(256, 128).bfloat16(), torch.empty(3072, 3072, dtype=torch
 def run(W):
     plan = PlannedTensor("w", "s", tuple(W.shape), "bfloat16", "bfloat16", "compress", W.numel() // 2, 16, W.nbytes, 0)
     compress_tensor(W, plan, recipe, torch.device("cpu"))
-    return memory_bytes(plan, recipe)
+    return memory_bytes((plan,), recipe)
 
 with one_thread():
     run(small)  # whatever is loaded and set up once

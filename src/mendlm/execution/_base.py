@@ -11,15 +11,14 @@ from typing import ClassVar
 
 import torch
 
-from mendlm.checkpoints.plan import PlannedTensor
 from mendlm.errors import UsageError, WorkerError, located
-from mendlm.execution.tasks import Compressed, Job
+from mendlm.execution.tasks import Compressed, Job, Task
 
 logger = logging.getLogger(__name__)
 
-N_TRIES = 3  # of a tensor whose worker dies or hangs
+N_TRIES = 3  # of a task whose worker dies or hangs
 
-Started = Callable[[PlannedTensor], None]  # called when a tensor is handed to a worker
+Started = Callable[[Task], None]  # called when a task is handed to a worker
 
 
 class Pool(ABC):
@@ -33,8 +32,8 @@ class Pool(ABC):
     n_workers: int
 
     @abstractmethod
-    def compress(self, tensors: Sequence[PlannedTensor], started: Started) -> Iterator[Compressed]:
-        """Compress tensors, begun in their order, yielded as they get ready.
+    def compress(self, tasks: Sequence[Task], started: Started) -> Iterator[Compressed]:
+        """Compress the tensors of `tasks`, begun in their order, yielded as they get ready.
 
         Raises
         ------
@@ -61,13 +60,13 @@ class AbstractExecutor(ABC):
         """
 
     @abstractmethod
-    def open(self, job: Job, tensors: Sequence[PlannedTensor]) -> AbstractContextManager[Pool]:
+    def open(self, job: Job, tasks: Sequence[Task]) -> AbstractContextManager[Pool]:
         """Workers for a job; whatever ends the block ends them.
 
         Parameters
         ----------
         job : what they must know.
-        tensors : what they will be given: at least one.
+        tasks : what they will be given: at least one.
 
         Raises
         ------
@@ -76,24 +75,30 @@ class AbstractExecutor(ABC):
 
 
 class Tries:
-    """How often the work on each tensor failed through no fault of the tensor's."""
+    """How often the work on each task failed through no fault of its tensors."""
 
     def __init__(self) -> None:
         self._failures = Counter[str]()
 
-    def failed(self, tensor: PlannedTensor, how: str, advice: str = "") -> None:
+    def failed(self, task: Task, how: str, advice: str = "") -> None:
         """Note that a try failed, `how` as a sentence; another may follow.
 
         Raises
         ------
         WorkerError : it was the last; with `advice`, a sentence.
         """
-        self._failures[tensor.name] += 1
-        n = self._failures[tensor.name]
-        logger.warning("%s: try %d of %d failed: %s", tensor.name, n, N_TRIES, how)
+        self._failures[task[0].name] += 1
+        n = self._failures[task[0].name]
+        logger.warning("%s: try %d of %d failed: %s", place(task), n, N_TRIES, how)
         if n == N_TRIES:
             said = [how, f"That was try {n} of {N_TRIES}.", advice, "Run again with --resume."]
-            raise located(WorkerError(" ".join(filter(None, said))), f"{tensor.name} in {tensor.shard}")
+            raise located(WorkerError(" ".join(filter(None, said))), place(task))
+
+
+def place(task: Task) -> str:
+    """Where a task is in the checkpoint, for an error."""
+    more = f" and {len(task) - 1} more" if len(task) > 1 else ""
+    return f"{task[0].name}{more} in {task[0].shard}"
 
 
 def check_settings(workers: int | None, task_timeout: float | None) -> None:

@@ -1,4 +1,4 @@
-"""A worker process of the local executor: takes a job and then tensors from a pipe, answers with bytes."""
+"""A worker process of the local executor: takes a job and then tasks from a pipe, answers with bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 
 from mendlm.execution.tasks import Answer, answer
 
-END = b""  # in place of a tensor: there are no more
+END = b""  # in place of a task: there are no more
 
 
 def main(fd: int, parent: int) -> None:

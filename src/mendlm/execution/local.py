@@ -26,12 +26,11 @@ import torch
 
 from mendlm._memory import available_memory_bytes
 from mendlm._processes import ended
-from mendlm.checkpoints.plan import PlannedTensor
 from mendlm.devices import resolve_devices
 from mendlm.errors import UsageError
 from mendlm.execution._base import AbstractExecutor, Pool, Started, Tries, check_settings
 from mendlm.execution._worker import END
-from mendlm.execution.tasks import Answer, Compressed, Job, compress_weight, compressed, memory_bytes, one_thread
+from mendlm.execution.tasks import Answer, Compressed, Job, Task, compress_task, compressed, memory_bytes, one_thread
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ class LocalExecutor(AbstractExecutor):
     ----------
     workers : how many. By default one for each CUDA device; on the CPU one for each thread that torch would take
         (OMP_NUM_THREADS or the cores) while memory lasts, and for little work none beside this process.
-    task_timeout : seconds after which a tensor's worker is ended and the tensor done again; None waits for ever.
+    task_timeout : seconds for a tensor, after which its worker is ended and the tensor done again; None waits for ever.
     """
 
     name: ClassVar[str] = "local"
@@ -72,9 +71,9 @@ class LocalExecutor(AbstractExecutor):
         return devices
 
     @contextlib.contextmanager
-    def open(self, job: Job, tensors: Sequence[PlannedTensor]) -> Iterator[Pool]:
+    def open(self, job: Job, tasks: Sequence[Task]) -> Iterator[Pool]:
         """Workers for a job; with one, and no limit of time, this process does the work."""
-        n_workers = self._n_workers(job, tensors)
+        n_workers = self._n_workers(job, tasks)
         if n_workers == 1 and self.task_timeout is None:
             with one_thread():
                 yield _Here(job)
@@ -82,42 +81,42 @@ class LocalExecutor(AbstractExecutor):
             with _Processes(job, n_workers, self.task_timeout) as pool:
                 yield pool
 
-    def _n_workers(self, job: Job, tensors: Sequence[PlannedTensor]) -> int:
+    def _n_workers(self, job: Job, tasks: Sequence[Task]) -> int:
         if self.workers is not None:
-            return min(self.workers, len(tensors))
+            return min(self.workers, len(tasks))
         if job.devices[0].type != "cpu":
-            return min(len(job.devices), len(tensors))
-        if sum(prod(tensor.shape) for tensor in tensors) < SMALL_ENTRIES:
+            return min(len(job.devices), len(tasks))
+        if sum(prod(tensor.shape) for task in tasks for tensor in task) < SMALL_ENTRIES:
             return 1
-        largest = max(memory_bytes(tensor, job.recipe) for tensor in tensors)
+        largest = max(memory_bytes(task, job.recipe) for task in tasks)
         room = available_memory_bytes() // largest
-        n_threads = min(torch.get_num_threads(), len(tensors))
+        n_threads = min(torch.get_num_threads(), len(tasks))
         if room < n_threads:
             logger.info("memory for %d workers of %d bytes, where %d could work", max(room, 1), largest, n_threads)
         return max(1, min(room, n_threads))
 
 
 class _Here(Pool):
-    """No workers: this process, one tensor after the other. The reference for every other pool."""
+    """No workers: this process, one task after the other. The reference for every other pool."""
 
     n_workers = 1
 
     def __init__(self, job: Job) -> None:
         self._job = job
 
-    def compress(self, tensors: Sequence[PlannedTensor], started: Started) -> Iterator[Compressed]:
-        """Compress tensors one after the other; errors as `Pool.compress`."""
-        for tensor in tensors:
-            started(tensor)
-            yield compress_weight(self._job.shards[tensor.shard], tensor, self._job.recipe, self._job.devices[0])
+    def compress(self, tasks: Sequence[Task], started: Started) -> Iterator[Compressed]:
+        """Compress the tensors of one task after the other; errors as `Pool.compress`."""
+        for task in tasks:
+            started(task)
+            yield from compress_task(self._job, task, self._job.devices[0])
 
 
 class _Worker:
-    """A worker process and the tensor that it is at."""
+    """A worker process and the task that it is at."""
 
     def __init__(self, slot: int, job: bytes) -> None:
         self.slot = slot
-        self.tensor: PlannedTensor | None = None
+        self.task: Task | None = None
         self.deadline = float("inf")
         self.timed_out = False
         self._stderr = tempfile.TemporaryFile()
@@ -135,11 +134,11 @@ class _Worker:
             )
         self._send(job)
 
-    def give(self, tensor: PlannedTensor, timeout: float | None) -> None:
-        """Let it work on a tensor."""
-        self.tensor = tensor
-        self.deadline = float("inf") if timeout is None else time.monotonic() + timeout
-        self._send(pickle.dumps(tensor))
+    def give(self, task: Task, timeout: float | None) -> None:
+        """Let it work on a task; `timeout` is for each of its tensors."""
+        self.task = task
+        self.deadline = float("inf") if timeout is None else time.monotonic() + timeout * len(task)
+        self._send(pickle.dumps(task))
 
     def take(self) -> Answer:
         """The answer that is waiting in the pipe.
@@ -153,7 +152,7 @@ class _Worker:
         for part in parts:
             if part.nbytes:
                 self.pipe.recv_bytes_into(part)
-        self.tensor, self.deadline = None, float("inf")
+        self.task, self.deadline = None, float("inf")
         answer: Answer = replace(said, parts=parts)
         return answer
 
@@ -197,69 +196,65 @@ class _Processes(Pool):
     def __exit__(self, *_: object) -> None:
         self._kill_all()
 
-    def compress(self, tensors: Sequence[PlannedTensor], started: Started) -> Iterator[Compressed]:
-        """Compress tensors on all workers; errors as `Pool.compress`."""
-        queue, told, tries = deque(tensors), set[str](), Tries()
+    def compress(self, tasks: Sequence[Task], started: Started) -> Iterator[Compressed]:
+        """Compress the tensors of `tasks` on all workers; errors as `Pool.compress`."""
+        queue, told, tries = deque(tasks), set[str](), Tries()
 
         def feed(worker: _Worker) -> None:
             if not queue:
                 return
-            tensor = queue.popleft()
-            worker.give(tensor, self._timeout)
-            if tensor.name not in told:  # and not one that is tried again
-                told.add(tensor.name)
-                started(tensor)
+            task = queue.popleft()
+            worker.give(task, self._timeout)
+            if task[0].name not in told:  # and not one that is tried again
+                told.add(task[0].name)
+                started(task)
 
-        while queue or any(worker.tensor is not None for worker in self._workers):
+        while queue or any(worker.task is not None for worker in self._workers):
             for worker in self._workers:
-                if worker.tensor is None:
+                if worker.task is None:
                     feed(worker)
-            for worker in self._ready():
-                tensor = worker.tensor
+            for worker, task in self._ready():
                 try:
                     if worker.timed_out:
                         raise TimeoutError
                     said = worker.take()
                 except (EOFError, ConnectionError, TimeoutError):
-                    queue.appendleft(self._replace(worker, tries))
+                    self._replace(worker, task, tries)
+                    queue.appendleft(task)
                     continue
                 feed(worker)  # before its result is written, so that it does not wait for the disk
-                yield compressed(said, tensor, f"process {worker.slot}")
+                yield from compressed(said, task, f"process {worker.slot}")
         for worker in self._workers:
             worker.end()
 
-    def _ready(self) -> list[_Worker]:
+    def _ready(self) -> list[tuple[_Worker, Task]]:
         """The workers at work that have something to say, died, or are out of time; waits until there is one."""
-        busy = {worker.pipe: worker for worker in self._workers if worker.tensor is not None}
+        busy = {worker.pipe: (worker, worker.task) for worker in self._workers if worker.task is not None}
         while True:
             now = time.monotonic()
-            late = [worker for worker in busy.values() if worker.deadline <= now]
-            for worker in late:
+            late = [(worker, task) for worker, task in busy.values() if worker.deadline <= now]
+            for worker, _ in late:
                 worker.timed_out = True
             if late:
                 return late
-            left = min(worker.deadline for worker in busy.values()) - now
+            left = min(worker.deadline for worker, _ in busy.values()) - now
             found = wait(list(busy), None if left == float("inf") else left)
             if found:
                 return [busy[pipe] for pipe in found if isinstance(pipe, Connection)]
 
-    def _replace(self, worker: _Worker, tries: Tries) -> PlannedTensor:
-        """Put a new worker in the place of one that died or hung; the tensor that it was at.
+    def _replace(self, worker: _Worker, task: Task, tries: Tries) -> None:
+        """Put a new worker in the place of one that died or hung at `task`.
 
         Raises
         ------
-        WorkerError : that tensor has had its tries.
+        WorkerError : that task has had its tries.
         """
-        tensor = worker.tensor
-        if tensor is None:
-            raise RuntimeError("a worker that has nothing to do was looked at")
         how = worker.kill()
         if worker.timed_out:
             how = f"it took longer than the task timeout of {self._timeout:g} s."
         self._workers.remove(worker)
-        tries.failed(tensor, how, _advice(how))
+        tries.failed(task, how, _advice(how))
         self._start(worker.slot)
-        return tensor
 
     def _start(self, slot: int) -> None:
         self._workers.append(_Worker(slot, self._jobs[slot % len(self._jobs)]))

@@ -1,4 +1,4 @@
-"""Work on a Ray cluster: every tensor a task of its own, on whichever machine has room.
+"""Work on a Ray cluster: every task on whichever machine has room.
 
 The tasks answer with bytes, as the workers of the local executor do; the driver alone writes. Ray is told not to repeat
 anything: a task whose process or machine is lost is submitted again here, where its tries are counted.
@@ -24,10 +24,9 @@ import numpy as np
 import torch
 
 import mendlm
-from mendlm.checkpoints.plan import PlannedTensor
 from mendlm.errors import MissingDependencyError, UsageError, WorkerError, located
-from mendlm.execution._base import AbstractExecutor, Pool, Started, Tries, check_settings
-from mendlm.execution.tasks import Answer, Compressed, Job, answer, compressed, memory_bytes
+from mendlm.execution._base import AbstractExecutor, Pool, Started, Tries, check_settings, place
+from mendlm.execution.tasks import Answer, Compressed, Job, Task, answer, compressed, failure, memory_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +45,8 @@ class RayExecutor(AbstractExecutor):
     ray_address : "auto" is the cluster that this machine is part of (or RAY_ADDRESS), "HOST:PORT" the one with that
         head, "local" one of this machine alone that lives as long as the run. In a process that is connected to a
         cluster already, "auto" is that one.
-    workers : tensors worked on at once; by default one for each CPU, or GPU, of the cluster.
-    task_timeout : seconds after which the process on a tensor is ended and the tensor done again.
+    workers : tasks worked on at once; by default one for each CPU, or GPU, of the cluster.
+    task_timeout : seconds for a tensor, after which the process on it is ended and the tensor done again.
     """
 
     name: ClassVar[str] = "ray"
@@ -78,7 +77,7 @@ class RayExecutor(AbstractExecutor):
         return (torch.device(name),)
 
     @contextlib.contextmanager
-    def open(self, job: Job, tensors: Sequence[PlannedTensor]) -> Iterator[Pool]:
+    def open(self, job: Job, tasks: Sequence[Task]) -> Iterator[Pool]:
         """Connect to the cluster, and leave it as it was found.
 
         Raises
@@ -107,7 +106,7 @@ class _Tasks(Pool):
         self._task = ray.remote(num_cpus=1, num_gpus=int(self._unit == "GPU"), max_calls=0, max_retries=0)(_work)
         self._job_ref = ray.put(job)
         self._versions = _versions()
-        self._in_flight: dict[Any, tuple[PlannedTensor, int]] = {}  # reference -> tensor, bytes asked for
+        self._in_flight: dict[Any, tuple[Task, int]] = {}  # reference -> task, bytes asked for
         self._looked = -float("inf")
         self._units, self._room = 0, 0
         self._look()
@@ -115,26 +114,26 @@ class _Tasks(Pool):
             raise WorkerError("no machine of the Ray cluster has a GPU. Use device 'cpu', or join one that has.")
         self.n_workers = min(workers or self._units, self._units) or 1
 
-    def compress(self, tensors: Sequence[PlannedTensor], started: Started) -> Iterator[Compressed]:
+    def compress(self, tasks: Sequence[Task], started: Started) -> Iterator[Compressed]:
         """Compress tensors on the cluster; errors as `Pool.compress`, and `WorkerError` if its machines differ."""
-        queue, tries = deque(tensors), Tries()
+        queue, tries = deque(tasks), Tries()
         n_begun = 0
         while queue or self._in_flight:
             while queue and len(self._in_flight) < self._limit():
-                tensor = queue.popleft()
-                self._submit(tensor, again=False)
+                task = queue.popleft()
+                self._submit(task, again=False)
                 n_begun += 1
-                started(tensor)
+                started(task)
             ready, _ = self._ray.wait(list(self._in_flight), num_returns=1, timeout=_LOOK_SECONDS)
             if not ready:
                 self._make_fit()
                 continue
-            tensor, _ = self._in_flight.pop(ready[0])
-            done = self._take(ready[0], tensor, tries)
+            task, _ = self._in_flight.pop(ready[0])
+            done = self._take(ready[0], task, tries)
             if done is None:
-                self._submit(tensor, again=True)
+                self._submit(task, again=True)
             else:
-                yield done
+                yield from done
 
     def cancel(self) -> None:
         """End whatever is in flight."""
@@ -161,38 +160,38 @@ class _Tasks(Pool):
         self._room = max((int(resources.get("memory", 0)) for resources in able), default=0)
         self._looked = time.monotonic()
 
-    def _submit(self, tensor: PlannedTensor, *, again: bool) -> None:
-        """Hand a tensor to Ray, which is told of its memory, or of all that the largest machine has if that is less."""
-        need = memory_bytes(tensor, self._job.recipe)
+    def _submit(self, task: Task, *, again: bool) -> None:
+        """Hand a task to Ray, which is told of its memory, or of all that the largest machine has if that is less."""
+        need = memory_bytes(task, self._job.recipe)
         self._look()
         if self._room and need > self._room:
             logger.warning(
-                "%s may need %d bytes of memory; no machine offers more than %d", tensor.name, need, self._room
+                "%s may need %d bytes of memory; no machine offers more than %d", place(task), need, self._room
             )
             need = self._room
         where = {"scheduling_strategy": "SPREAD"} if again else {}  # away from the machine where it failed
-        task = self._task.options(memory=need, name=f"mendlm {tensor.name}", **where)
-        reference = task.remote(self._job_ref, tensor, self._timeout, self._versions)
-        self._in_flight[reference] = (tensor, need)
+        remote = self._task.options(memory=need, name=f"mendlm {task[0].name}", **where)
+        reference = remote.remote(self._job_ref, task, self._timeout, self._versions)
+        self._in_flight[reference] = (task, need)
 
     def _make_fit(self) -> None:
         """Submit again what asks for more memory than any machine has that is left."""
         self._look()
         if not self._units:
             logger.warning("no machine of the Ray cluster has a free %s: waiting for one", self._unit)
-        for reference, (tensor, need) in list(self._in_flight.items()):
+        for reference, (task, need) in list(self._in_flight.items()):
             if self._room and need > self._room:
                 self._ray.cancel(reference, force=True)
                 del self._in_flight[reference]
-                self._submit(tensor, again=True)
+                self._submit(task, again=True)
 
-    def _take(self, reference: Any, tensor: PlannedTensor, tries: Tries) -> Compressed | None:
+    def _take(self, reference: Any, task: Task, tries: Tries) -> Iterator[Compressed] | None:
         """What came of a task; None if it is to be tried again.
 
         Raises
         ------
         WorkerError : it has had its tries, or the machine cannot do it.
-        MendError : what is wrong with the tensor.
+        MendError : what is wrong with a tensor, when the first result is asked for.
         """
         errors = self._ray.exceptions
         try:
@@ -200,34 +199,33 @@ class _Tasks(Pool):
         except errors.RayTaskError as err:  # not of the work, whose errors are answers
             advice = "Every machine of the cluster needs the same mendlm and torch."
             raise located(
-                WorkerError(f"a machine of the cluster cannot work: {_reason(err.cause or err)} {advice}"),
-                f"{tensor.name} in {tensor.shard}",
+                WorkerError(f"a machine of the cluster cannot work: {_reason(err.cause or err)} {advice}"), place(task)
             ) from err
         except errors.RayError as err:
             how = _reason(err)
             if self._timeout is not None:
                 how += f" Or it took longer than the task timeout of {self._timeout:g} s."
-            tries.failed(tensor, how)
+            tries.failed(task, how)
             self._looked = -float("inf")  # a machine may be gone
             return None
         parts = [memoryview(bytearray(part)) for part in said.parts]  # a copy, so that Ray's memory is free again
         said = replace(said, parts=parts)
         if host != platform.node():  # the peak is of this machine
             said = replace(said, peak_memory_bytes=0)
-        return compressed(said, tensor, f"process {pid} of {host}")
+        return compressed(said, task, f"process {pid} of {host}")
 
 
-def _work(job: Job, tensor: PlannedTensor, timeout: float | None, versions: dict[str, str]) -> tuple[str, int, Answer]:
-    """Compress a tensor, in a process of a machine of the cluster."""
+def _work(job: Job, task: Task, timeout: float | None, versions: dict[str, str]) -> tuple[str, int, Answer]:
+    """Compress the tensors of a task, in a process of a machine of the cluster."""
     host = platform.node()
     if _versions() != versions:
         error = WorkerError(f"the machine {host!r} has {_versions()}, and the one that was started {versions}.")
-        return host, os.getpid(), Answer(None, [], 0.0, 0, None, error)
+        return host, os.getpid(), failure(error)
     if timeout is not None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it ends the process, whatever that is at
-        signal.setitimer(signal.ITIMER_REAL, timeout)
+        signal.setitimer(signal.ITIMER_REAL, timeout * len(task))
     try:
-        said = answer(job, tensor, job.devices[0])
+        said = answer(job, task, job.devices[0])
     finally:
         if timeout is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)

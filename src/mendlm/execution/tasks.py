@@ -1,4 +1,4 @@
-"""One tensor as a task: what any process on any machine needs to compress it, and what it answers.
+"""A task, one tensor or several of one shape: what a process on any machine needs for it, and what it answers.
 
 A tensor is always computed with one CPU thread. The number of threads changes the order of floating-point sums, and so
 the bytes; with one for each tensor they depend neither on the number of workers nor on the machine's cores.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,15 +25,24 @@ from mendlm.checkpoints.header import read_header
 from mendlm.checkpoints.plan import PlannedTensor
 from mendlm.checkpoints.reader import Shard, as_bytes, read_weight
 from mendlm.errors import CheckpointError, MendError, located
-from mendlm.execution.tensor import compress_tensor
+from mendlm.execution.tensor import compress_stack, compress_tensor
 from mendlm.inputs import InputStats
 from mendlm.linalg import OVERSAMPLING
+from mendlm.refiners import StackRefiner
 from mendlm.report.records import TensorRecord
 
 if TYPE_CHECKING:
     from mendlm.config import Recipe
 
+logger = logging.getLogger(__name__)
+
 N_THREADS = 1  # of the CPU, for each tensor
+
+Task = tuple[PlannedTensor, ...]
+
+# On CUDA small matrices of one shape are refined together, as a launch costs more than what it computes. Entries of a
+# matrix and of a task, at most. On a CPU that is slower than one after the other (docs/scaling.md).
+STACKED_ENTRIES, TASK_ENTRIES = 2**21, 2**25
 
 # Largest resident memory of a process that compresses a tensor: Python and torch, and copies of the tensor in its
 # compute dtype. Measured on 1 thread (docs/executors.md): 0.25 GB, and 4 to 6 copies with the subspace solver or
@@ -66,7 +77,7 @@ class Compressed:
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for all tensors of a run; it can be pickled.
+    """What is the same for all tasks of a run; it can be pickled.
 
     Attributes
     ----------
@@ -78,6 +89,36 @@ class Job:
     recipe: Recipe
     shards: Mapping[str, Shard] = field(repr=False)
     devices: tuple[torch.device, ...]
+
+
+def as_tasks(tensors: Iterable[PlannedTensor], recipe: Recipe, device: torch.device) -> list[Task]:
+    """Tensors in groups that are compressed together, on the CPU each alone; in the order of the first of each.
+
+    Which tensors are together depends on nothing but these arguments, and so then do the bytes: sums of a stack may
+    have another order than those of one matrix.
+    """
+    tasks: list[list[PlannedTensor]] = []
+    open_tasks: dict[Any, list[PlannedTensor]] = {}
+    for tensor in tensors:
+        key = _stack_key(tensor, recipe) if device.type == "cuda" else None
+        task = open_tasks.get(key)
+        if key is None or task is None or (len(task) + 1) * prod(tensor.shape) > TASK_ENTRIES:
+            task = []
+            tasks.append(task)
+            open_tasks[key] = task
+        task.append(tensor)
+    return [tuple(task) for task in tasks]
+
+
+def _stack_key(tensor: PlannedTensor, recipe: Recipe) -> Any:
+    """What tensors must have in common to be refined together; None: this one is alone."""
+    d_out, d_in = tensor.shape
+    if d_out * d_in > STACKED_ENTRIES or recipe.metric_kind != "plain":
+        return None
+    refiner = recipe.refiner_for(d_out, d_in, tensor.name)
+    if not isinstance(refiner, StackRefiner) or not refiner.stacks(d_out, d_in):
+        return None
+    return tensor.shape, tensor.dtype, tensor.storage_dtype, refiner
 
 
 def compress_weight(
@@ -98,36 +139,64 @@ def compress_weight(
     return Compressed(tensor, parts, record, time.monotonic() - started)
 
 
+def compress_task(job: Job, task: Task, device: torch.device) -> list[Compressed]:
+    """Compress the tensors of a task; errors as `compress_weight`."""
+    if len(task) > 1:
+        started = time.monotonic()
+        try:
+            weights = [read_weight(job.shards[tensor.shard], tensor) for tensor in task]
+            found = compress_stack(weights, task, job.recipe, device)
+        except MendError:
+            logger.info("%d tensors cannot be compressed together; the one at fault is looked for", len(task))
+        else:
+            seconds = (time.monotonic() - started) / len(task)
+            return [Compressed(tensor, *one, seconds) for tensor, one in zip(task, found, strict=True)]
+    return [compress_weight(job.shards[tensor.shard], tensor, job.recipe, device) for tensor in task]
+
+
 @dataclass(frozen=True)
 class Answer:
-    """What a worker in another process says of a tensor: how it went, or what went wrong."""
+    """What a worker in another process says of a task: how it went, or what went wrong.
 
-    record: TensorRecord | None
+    Attributes
+    ----------
+    records, seconds : of each tensor.
+    parts : of all tensors, those of the first before those of the second.
+    peak_memory_bytes, peak_device_bytes : of the process so far.
+    """
+
+    records: list[TensorRecord]
     parts: list[memoryview]
-    seconds: float
+    seconds: list[float]
     peak_memory_bytes: int
     peak_device_bytes: int | None
     error: Exception | None = None
 
 
-def answer(job: Job, tensor: PlannedTensor, device: torch.device) -> Answer:
-    """Compress a tensor in a worker, with one thread; errors are part of the answer."""
-    shard = job.shards[tensor.shard]
+def failure(err: Exception) -> Answer:
+    """The answer that something went wrong."""
+    return Answer([], [], [], 0, None, err)
+
+
+def answer(job: Job, task: Task, device: torch.device) -> Answer:
+    """Compress the tensors of a task in a worker, with one thread; errors are part of the answer."""
     try:
         with one_thread():
-            _check_shard(shard.path, shard.header.sha256)
-            done = compress_weight(shard, tensor, job.recipe, device)
+            for name in {tensor.shard for tensor in task}:
+                _check_shard(job.shards[name].path, job.shards[name].header.sha256)
+            done = compress_task(job, task, device)
     except Exception as err:  # noqa: BLE001 - the driver raises it
-        return Answer(None, [], 0.0, 0, None, _portable(err))
-    parts = [as_bytes(part) if part.numel() else memoryview(b"") for part in done.parts]
+        return failure(_portable(err))
+    parts = [as_bytes(part) if part.numel() else memoryview(b"") for one in done for part in one.parts]
     on_cuda = device.type == "cuda"
     peak_device = torch.cuda.max_memory_allocated(device) if on_cuda else None
     trim()
-    return Answer(done.record, parts, done.seconds, peak_memory_bytes(), peak_device)
+    records, seconds = [one.record for one in done], [one.seconds for one in done]
+    return Answer(records, parts, seconds, peak_memory_bytes(), peak_device)
 
 
-def compressed(said: Answer, tensor: PlannedTensor | None, worker: str) -> Compressed:
-    """What a worker's answer about a tensor comes to.
+def compressed(said: Answer, task: Task, worker: str) -> Iterator[Compressed]:
+    """What a worker's answer about a task comes to, tensor by tensor.
 
     Raises
     ------
@@ -135,23 +204,27 @@ def compressed(said: Answer, tensor: PlannedTensor | None, worker: str) -> Compr
     """
     if said.error is not None:
         raise said.error
-    if tensor is None or said.record is None:
-        raise RuntimeError(f"{worker} answered without a record")
     parts = [torch.frombuffer(part, dtype=torch.uint8) if part.nbytes else _NOTHING for part in said.parts]
     peaks = (said.peak_memory_bytes, said.peak_device_bytes)
-    return Compressed(tensor, parts, said.record, said.seconds, worker, *peaks)
+    each = iter(parts)
+    for tensor, record, seconds in zip(task, said.records, said.seconds, strict=True):
+        mine = [next(each) for _ in tensor.parts()]
+        yield Compressed(tensor, mine, record, seconds, worker, *peaks)
 
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
-def memory_bytes(tensor: PlannedTensor, recipe: Recipe) -> int:
-    """What a process needs to compress a tensor on the CPU, itself included; an upper bound."""
-    d_out, d_in = tensor.shape
-    copies = _COPIES.get(str(recipe.refiner), _SVD_COPIES)
-    if recipe.solver == "exact" or tensor.rank + OVERSAMPLING >= min(d_out, d_in):
-        copies = max(copies, _SVD_COPIES)
-    return _PROCESS_BYTES + copies * d_out * d_in * (8 if tensor.dtype == "float64" else 4)
+def memory_bytes(task: Task, recipe: Recipe) -> int:
+    """What a process needs to compress the tensors of a task on the CPU, itself included; an upper bound."""
+    needed = _PROCESS_BYTES
+    for tensor in task:
+        d_out, d_in = tensor.shape
+        copies = _COPIES.get(str(recipe.refiner), _SVD_COPIES)
+        if recipe.solver == "exact" or tensor.rank + OVERSAMPLING >= min(d_out, d_in):
+            copies = max(copies, _SVD_COPIES)
+        needed += copies * d_out * d_in * (8 if tensor.dtype == "float64" else 4)
+    return needed
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from mendlm.budgets import sparsity_of
 from mendlm.checkpoints.plan import PlannedTensor
+from mendlm.criteria import Selection
 from mendlm.decomposition import merge
+from mendlm.errors import UsageError
 from mendlm.inputs import InputStats, treat_dead_columns
 from mendlm.linalg import compute_dtype
 from mendlm.masks import row_blocks
 from mendlm.metrics import Metric, make_metric, ratio
 from mendlm.packing import pack_mask, unpack
-from mendlm.refiners import refine
+from mendlm.patterns import Pattern
+from mendlm.refiners import Refinement, StackRefiner, refine, refine_stack
 from mendlm.report.records import TensorRecord
 from mendlm.selection import select
 
@@ -50,10 +54,9 @@ def compress_tensor(
     W = W.to(device)
     generator = tensor_generator(recipe.seed, tensor.name, device)
     refiner = recipe.refiner_for(W.shape[0], W.shape[1], tensor.name)
-    pattern = recipe.pattern if tensor.pattern is None else tensor.pattern
     used, stats = (W, None) if inputs is None else treat_dead_columns(W, inputs, recipe.dead_columns)
     with torch.no_grad():
-        selection = select(used, recipe.criterion_object(), pattern, inputs=stats, generator=generator)
+        selection = _select(used, tensor, recipe, generator, stats)
         metric = _metric(recipe, stats, W)
         out = refine(
             used,
@@ -61,16 +64,63 @@ def compress_tensor(
             refiner,
             metric=metric,
             start=selection.S,
-            pattern=pattern,
+            pattern=_pattern(tensor, recipe),
             inputs=stats,
             storage_dtype=getattr(torch, tensor.storage_dtype),
             generator=generator,
         )
-        mask = out.decomposition.mask
-        # By blocks: an index is two int64 for every kept entry.
-        values = torch.cat([S[kept] for S, kept in row_blocks(out.S, mask)])
-        parts = [on_cpu(part) for part in (values, pack_mask(mask), out.A, out.B)]
-    d_out, d_in = W.shape
+        return _packed(out, tensor, recipe, selection, inputs)
+
+
+def compress_stack(
+    weights: Sequence[Tensor], tensors: Sequence[PlannedTensor], recipe: Recipe, device: torch.device
+) -> list[tuple[list[Tensor], TensorRecord]]:
+    """`compress_tensor` of weights of one shape, dtype and rank, without calibration, the steps of all at once.
+
+    Raises
+    ------
+    UsageError, NonFiniteError : for any of them.
+    """
+    first, (d_out, d_in) = tensors[0], weights[0].shape
+    refiner = recipe.refiner_for(d_out, d_in, first.name)
+    if not isinstance(refiner, StackRefiner):
+        raise UsageError(f"refiner {refiner.name!r} works on one matrix at a time.")
+    with torch.no_grad():
+        on_device = [W.to(device) for W in weights]
+        generators = [tensor_generator(recipe.seed, tensor.name, device) for tensor in tensors]
+        rows = zip(on_device, tensors, generators, strict=True)
+        selections = [_select(W, tensor, recipe, generator, None) for W, tensor, generator in rows]
+        found = refine_stack(
+            on_device,
+            [selection.mask for selection in selections],
+            refiner,
+            storage_dtype=getattr(torch, first.storage_dtype),
+            generators=generators,
+        )
+        results = zip(found, tensors, selections, strict=True)
+        return [_packed(out, tensor, recipe, selection, None) for out, tensor, selection in results]
+
+
+def _pattern(tensor: PlannedTensor, recipe: Recipe) -> Pattern:
+    return recipe.pattern if tensor.pattern is None else tensor.pattern
+
+
+def _select(
+    W: Tensor, tensor: PlannedTensor, recipe: Recipe, generator: torch.Generator, stats: InputStats | None
+) -> Selection:
+    pattern = _pattern(tensor, recipe)
+    return select(W, recipe.criterion_object(), pattern, inputs=stats, generator=generator)
+
+
+def _packed(
+    out: Refinement, tensor: PlannedTensor, recipe: Recipe, selection: Selection, inputs: InputStats | None
+) -> tuple[list[Tensor], TensorRecord]:
+    """What is stored of a refinement, and its record."""
+    mask = out.decomposition.mask
+    d_out, d_in = mask.shape
+    # By blocks: an index is two int64 for every kept entry.
+    values = torch.cat([S[kept] for S, kept in row_blocks(out.S, mask)])
+    parts = [on_cpu(part) for part in (values, pack_mask(mask), out.A, out.B)]
     record = TensorRecord(
         name=tensor.name,
         shard=tensor.shard,

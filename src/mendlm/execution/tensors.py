@@ -1,4 +1,4 @@
-"""Data-free work: every tensor by itself, on the workers of an executor."""
+"""Data-free work: every tensor by itself, or with others of its shape, on the workers of an executor."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
-from mendlm.checkpoints.plan import PlannedTensor
 from mendlm.checkpoints.writer import SYNC_SECONDS, ShardWriter
 from mendlm.execution._base import AbstractExecutor
 from mendlm.execution.run import Run
-from mendlm.execution.tasks import N_THREADS, Job
+from mendlm.execution.tasks import N_THREADS, Job, Task, as_tasks
 
 
 class TensorRun(Run):
     """Copy what stays dense, compress the rest on workers, write every result as it comes.
 
-    One worker takes the tensors in the order of the plan, several the largest first, so that they end together.
+    One worker takes the tasks in the order of the plan, several the largest first, so that they end together. A task
+    of which an earlier run has written a part is done again as a whole: tensors that are refined together would have
+    other last bits without the rest.
 
     Parameters
     ----------
@@ -38,7 +39,8 @@ class TensorRun(Run):
 
     def execute(self) -> None:
         """Write every tensor that is not done yet; errors as `Run.execute` and `Pool.compress`."""
-        pending = [tensor for tensor in self.plan.compressed if tensor.name not in self._done]
+        tasks = as_tasks(self.plan.compressed, self.plan.recipe, self._devices[0])
+        pending = [task for task in tasks if any(tensor.name not in self._done for tensor in task)]
         with ExitStack() as stack:
             writers = {
                 shard.name: stack.enter_context(ShardWriter(self.staging.files, self.layouts[shard.name]))
@@ -52,18 +54,21 @@ class TensorRun(Run):
             if pool is not None:
                 self.n_workers = pool.n_workers
                 if pool.n_workers > 1:
-                    pending.sort(key=lambda tensor: -tensor.dense_bytes)
+                    pending.sort(key=lambda task: -sum(tensor.dense_bytes for tensor in task))
                 synced = time.monotonic()
                 for done in pool.compress(pending, self._begin):
-                    self._write(writers[done.tensor.shard], done)
+                    if done.tensor.name not in self._done:
+                        self._write(writers[done.tensor.shard], done)
                     if time.monotonic() - synced > SYNC_SECONDS:
                         self._sync(writers.values())
                         synced = time.monotonic()
             self._sync(writers.values())
 
-    def _begin(self, tensor: PlannedTensor) -> None:
-        self._n_begun += 1
-        self._started(tensor, self.n_resumed + self._n_begun)
+    def _begin(self, task: Task) -> None:
+        for tensor in task:
+            if tensor.name not in self._done:
+                self._n_begun += 1
+                self._started(tensor, self.n_resumed + self._n_begun)
 
     def _job(self) -> Job:
         shards = {shard.name: replace(shard, path=shard.path.absolute()) for shard in self.shards}

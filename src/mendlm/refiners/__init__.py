@@ -6,9 +6,11 @@ A new refiner is one file here and one line in `REFINERS`; the contract tests th
 from mendlm.refiners._base import AbstractRefiner as AbstractRefiner
 from mendlm.refiners._base import Problem as Problem
 from mendlm.refiners._base import Progress as Progress
+from mendlm.refiners._base import StackRefiner as StackRefiner
 from mendlm.refiners._loop import Refinement as Refinement
 from mendlm.refiners._loop import check_rank as check_rank
 from mendlm.refiners._loop import refine as refine
+from mendlm.refiners._loop import refine_stack as refine_stack
 from mendlm.refiners.accelerated import AcceleratedTLR as AcceleratedTLR
 from mendlm.refiners.eora import EoRA as EoRA
 from mendlm.refiners.hassle_free import HassleFree as HassleFree

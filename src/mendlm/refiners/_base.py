@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from mendlm.errors import UsageError
 from mendlm.inputs import InputStats
+from mendlm.linalg import Generators
 from mendlm.metrics import GramMetric, Metric, MetricName
 from mendlm.patterns import Pattern
 
@@ -23,9 +23,10 @@ class Problem:
 
     Attributes
     ----------
-    W : (d_out, d_in), float32 or float64, in the scaled columns of the metric; never modified.
-    mask : (d_out, d_in) bool, True = kept.
-    generator : the only source of randomness, on the device of `W`.
+    W : (d_out, d_in), float32 or float64, in the scaled columns of the metric; never modified. A stack (n, d_out, d_in)
+        where a `StackRefiner` works on several.
+    mask : bool, of the shape of `W`, True = kept.
+    generator : the only source of randomness, on the device of `W`; for a stack one for each matrix.
     metric : what errors are measured in; its columns are scaled already.
     start : (d_out, d_in), zero off the mask, scaled as `W`: S as the criterion left it; None for ``mask * W``.
     pattern : where zeros may be, for refiners that move the mask; None if the caller did not say.
@@ -35,7 +36,7 @@ class Problem:
 
     W: Tensor
     mask: Tensor
-    generator: torch.Generator
+    generator: Generators
     metric: Metric = PLAIN
     start: Tensor | None = None
     pattern: Pattern | None = None
@@ -123,6 +124,21 @@ class AbstractRefiner(ABC):
     def final_mask(self, problem: Problem, state: Any) -> Tensor:
         """The mask of the final S, bool; another one than `problem.mask` only for a refiner that moves it."""
         return problem.mask
+
+
+class StackRefiner(AbstractRefiner):
+    """A refiner that can work on a stack of matrices of one shape at once, in the plain metric.
+
+    `init` and `finish` then take and give stacks; matrices do not mix.
+    """
+
+    @abstractmethod
+    def stacks(self, d_out: int, d_in: int) -> bool:
+        """Whether it can with these settings, for matrices of this shape."""
+
+    @abstractmethod
+    def step_stack(self, problem: Problem, state: Any, t: int) -> tuple[Any, list[Progress]]:
+        """As `step`, with the progress of each matrix."""
 
 
 class OneStepRefiner(AbstractRefiner):

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mendlm.kernels.completion import complete
 from mendlm.masks import zero_
-from mendlm.refiners._base import Problem
 
 # Of L, which a CPU's cache holds from the product to the choice: 2 MB in float32. At 4096 x 11008 and rank 128 the
 # product takes 184 ms by such tiles (one thread), 210 by 256 x 2048, 354 by 47 whole rows, and 318 at once.
@@ -21,11 +20,11 @@ class Completion:
 
     Off the mask S is zero, so the residual is W; on the mask Algorithm 1 sets ``S = mask * (W - L_r)``, so the residual
     is L_r. Hence ``residual(L_r) = (1 - mask) * W + mask * L_r``: S itself is never formed during the iteration, and
-    nothing of the size of W is held beside W and the mask.
+    nothing of the size of W is held beside W and the mask; for a stack of matrices the product is.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self._W, self._mask = problem.W, problem.mask
+    def __init__(self, W: Tensor, mask: Tensor) -> None:
+        self._W, self._mask = W, mask
 
     def pruned(self) -> Tensor:
         """``(1 - mask) * W``, the residual of plain pruning, as a new tensor."""
@@ -46,14 +45,19 @@ class Completion:
 
         Parameters
         ----------
-        left, right : (d_out, r) and (r, d_in).
-        out : (d_out, d_in).
+        left, right : (…, d_out, r) and (…, r, d_in).
+        out : (…, d_out, d_in).
 
         Returns
         -------
-        objective : of left @ right, a 0-dim tensor.
+        objective : of left @ right, a 0-dim tensor; (n,) of a stack.
         norm : of the residual, ``||residual(left @ right)||_F``, likewise.
         """
+        if self._W.ndim == 3:
+            L = torch.bmm(left, right)
+            found = torch.where(self._mask, L, self._W, out=torch.empty_like(L) if out is None else out)
+            objective, norm = (torch.linalg.vector_norm(x, dim=(1, 2)) for x in (torch.sub(found, L, out=L), found))
+            return objective, norm
         rows, columns = _tile_of(self._W)
         scratch, squares = self._W.new_empty(rows * columns), []
         factors = ((B, A) for B in torch.split(left, rows) for A in torch.split(right, columns, dim=1))

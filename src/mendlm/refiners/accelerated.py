@@ -89,7 +89,7 @@ class AcceleratedTLR(AbstractRefiner):
         solver = solver_for(problem, self.solver, self.rank)
         if isinstance(problem.metric, GramMetric):
             return GramAlternation(problem, problem.metric, solver)
-        completion = Completion(problem)
+        completion = Completion(problem.W, problem.mask)
         return _State(completion, solver, completion.pruned(), torch.zeros_like(W), torch.empty_like(W))
 
     def step(

@@ -95,7 +95,7 @@ class PCP(AbstractRefiner):
         # With lam = 0 no multiplier but zero is feasible.
         Y = W / max(spectral, float(W.abs().max()) / lam) if lam > 0 else torch.zeros_like(W)
         empty = problem.no_factors
-        return _State(Completion(problem), torch.zeros_like(W), Y, 1.25 / spectral, *empty)
+        return _State(Completion(W, problem.mask), torch.zeros_like(W), Y, 1.25 / spectral, *empty)
 
     def step(self, problem: Problem, state: _State, t: int) -> tuple[_State, Progress]:
         """L, S, multiplier, penalty."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mendlm.errors import UsageError
-from mendlm.linalg import SOLVERS, LeadingTriplets, Solver, balance, make_solver
+from mendlm.linalg import SOLVERS, LeadingTriplets, Solver, balance, make_solver, takes_subspace
 from mendlm.metrics import GramMetric
-from mendlm.refiners._base import AbstractRefiner, Problem, Progress
+from mendlm.refiners._base import Problem, Progress, StackRefiner
 from mendlm.refiners._completion import Completion
 from mendlm.refiners._gram import GramAlternation
 
@@ -24,12 +24,12 @@ LOOKAHEAD_STEPS = 8
 class _State:
     completion: Completion
     solver: LeadingTriplets
-    residual: Tensor  # L = W - S, (d_out, d_in)
+    residual: Tensor  # L = W - S, (d_out, d_in), or a stack
     norm: Tensor | None = None  # of the residual; None: not known
 
 
 @dataclass(frozen=True)
-class TLR(AbstractRefiner):
+class TLR(StackRefiner):
     """Alternate between the best rank-r fit of the residual ``L = W - S`` and refitting S on the mask; r grows.
 
         r = 1 + floor((k - 1) t / (T - 1));   S <- mask * (W - L_r)   for t = 0 … T - 1
@@ -84,7 +84,7 @@ class TLR(AbstractRefiner):
         solver = solver_for(problem, self.solver, self.rank, lookahead)
         if isinstance(problem.metric, GramMetric):
             return GramAlternation(problem, problem.metric, solver)
-        completion = Completion(problem)
+        completion = Completion(problem.W, problem.mask)
         return _State(completion, solver, completion.pruned())
 
     def step(
@@ -94,10 +94,23 @@ class TLR(AbstractRefiner):
         r = self.rank_at(t)
         if isinstance(state, GramAlternation):
             return state, state.step(r)
+        return state, Progress(r, *self._advance(state, r).tolist())
+
+    def stacks(self, d_out: int, d_in: int) -> bool:
+        """With the subspace iteration."""
+        return takes_subspace(self.solver, torch.Size((d_out, d_in)), self.rank)
+
+    def step_stack(self, problem: Problem, state: _State, t: int) -> tuple[_State, list[Progress]]:
+        """One pass of the loop for every matrix of the stack, whose ranks grow together."""
+        r = self.rank_at(t)
+        return state, [Progress(r, *values) for values in self._advance(state, r).tolist()]
+
+    @staticmethod
+    def _advance(state: _State, r: int) -> Tensor:
+        """One pass; (…, 2): the objective and the share of the energy of each matrix."""
         fitted = state.solver.leading(state.residual, r, norm=state.norm)
         objective, state.norm = state.completion.advance(fitted.left, fitted.right, out=state.residual)
-        values = torch.stack([objective, fitted.energy_frac]).tolist()
-        return state, Progress(r, values[0], values[1])
+        return torch.stack([objective, fitted.energy_frac], dim=-1)
 
     def finish(self, problem: Problem, state: _State | GramAlternation) -> tuple[Tensor, Tensor]:
         """Best rank-k approximation of the last residual."""
