@@ -187,7 +187,7 @@ def draw(store: Cells) -> None:
         lines.mark_point(filled=True, size=36).encode(shape=alt.Shape("kind:N", scale=shapes, title=None)),
         data=alt.Data(values=points),
     ).properties(width=360, height=320)
-    save(layers.facet(column=alt.Column("panel:N", title=None)), PICTURE)
+    save(layers.facet(column=alt.Column("panel:N", title=None)).to_dict(), PICTURE)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
     python benchmarks/scaling.py work/llama-4 [--only GLOB …] [--n-iter 50]
     python benchmarks/scaling.py --simulate         # 7B and 70B on 1 to 1,000 workers, from the seconds measured
     python benchmarks/scaling.py --writer FOLDER    # MB/s of the writer there
-    python benchmarks/scaling.py --batched [--device cuda]  # many small tensors in one batched call, or one by one
+    python benchmarks/scaling.py --stacked [--device cuda]  # matrices of one shape together, and one by one
 
 Seconds are of the processor, all threads added, so that other work on the machine changes them little; wall time is
 beside them. The bare products are timed in the same run, right after every tensor, since machines are not as fast every
@@ -38,8 +38,21 @@ from mendlm._memory import peak_memory_bytes
 from mendlm.checkpoints.reader import CHUNK_BYTES
 from mendlm.checkpoints.writer import ShardLayout, ShardWriter
 from mendlm.execution.run import Event, TensorDone, TensorStarted
+from mendlm.execution.tasks import STACKED_ENTRIES
 from mendlm.linalg import OVERSAMPLING
+from mendlm.refiners import refine_stack
 from mendlm.refiners.tlr import LOOKAHEAD_STEPS
+
+# Matrices, d_out, d_in, rank: projections of small models, experts, and ever larger ones.
+STACKS = [
+    (16, 192, 576, 16),
+    (16, 576, 1536, 16),
+    (16, 768, 2048, 64),
+    (16, 1024, 2048, 128),
+    (8, 2048, 2048, 128),
+    (4, 2048, 5632, 128),
+    (2, 4096, 4096, 128),
+]
 
 
 def products(d_out: int, d_in: int, refiner: TLR) -> list[tuple[int, int]]:
@@ -295,67 +308,46 @@ def writer_rate(folder: Path, n_bytes: int = 2**30) -> dict[str, Any]:
     return {"mb": written, "mb_per_s": written / wall, "mb_per_cpu_second": written / cpu}
 
 
-def batched_tlr(W: torch.Tensor, mask: torch.Tensor, refiner: TLR, generator: torch.Generator) -> torch.Tensor:
-    """The residuals of a stack W (n, d_out, d_in) after TLR by subspace steps, every product a batched one."""
-    lookahead = LOOKAHEAD_STEPS * (refiner.rank - 1) // max(refiner.n_iter - 1, 1)
-    most = min(refiner.rank + OVERSAMPLING, *W.shape[1:])
-    fresh = torch.randn(W.shape[0], W.shape[2], most, generator=generator).to(W)
-    V, M = fresh[:, :, :0], torch.where(mask, 0, W)
-    for t in range(refiner.n_iter):
-        r = refiner.rank_at(t)
-        c = min(r + OVERSAMPLING + lookahead, most)
-        V = torch.cat([V, fresh[:, :, V.shape[2] : c]], dim=2)
-        for _ in range(3 if t == 0 else 1):
-            Y = torch.bmm(M, V)
-            Y = Y / torch.linalg.vector_norm(Y, dim=1, keepdim=True)
-            gram = torch.bmm(Y.mT, Y)
-            gram.diagonal(dim1=1, dim2=2).add_(1e-5)
-            Q = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), Y.mT, upper=False).mT
-            Z = torch.bmm(M.mT, Q)
-            V = Z / torch.linalg.vector_norm(Z, dim=1, keepdim=True)
-        _, E = torch.linalg.eigh(torch.bmm(Z.mT, Z))
-        E = E.flip(2)
-        Z = torch.bmm(Z, E)
-        V = Z / torch.linalg.vector_norm(Z, dim=1, keepdim=True)
-        L = torch.bmm(torch.bmm(Q, E[:, :, :r]), Z[:, :, :r].mT)
-        M = torch.where(mask, L, W)
-    return M
-
-
-def batched(n_iter: int, device: str) -> Iterator[dict[str, Any]]:
-    """One batched loop against `mendlm.refine` tensor by tensor; the errors show that both do the same work.
-
-    Seconds are of the processor on a CPU, and wall time, after the device has ended, on another device.
-    """
+def stacked(n_iter: int, device: str) -> Iterator[dict[str, Any]]:
+    """`refine_stack` against `refine` matrix by matrix; seconds are of the processor on a CPU, wall time elsewhere."""
 
     def now() -> float:
         synchronize(device)
         return time.process_time() if device == "cpu" else time.perf_counter()
 
-    for n, d_out, d_in, rank in ((64, 256, 512, 16), (32, 192, 576, 16), (32, 1024, 2048, 32)):
-        generator = torch.Generator().manual_seed(0)
-        W = torch.stack([matrix(d_out, d_in, generator) for _ in range(n)]).to(device)
-        mask = torch.stack([mendlm.select_mask(w, "magnitude", Unstructured(0.5)) for w in W])
+    for n, d_out, d_in, rank in STACKS:
+        if device == "cpu" and d_out * d_in > STACKED_ENTRIES:
+            continue
+        source = torch.Generator().manual_seed(0)
+        weights = [matrix(d_out, d_in, source).to(device) for _ in range(n)]
+        masks = [mendlm.select_mask(W, "magnitude", Unstructured(0.5)) for W in weights]
         refiner = TLR(rank, n_iter=n_iter, solver="subspace")
-        seconds = {"one_by_one": math.inf, "batched": math.inf}
+
+        def sources(n: int = n) -> list[torch.Generator]:
+            return [torch.Generator(device=device).manual_seed(seed) for seed in range(n)]
+
+        seconds = {"alone": math.inf, "together": math.inf}
         for _ in range(3):
             began = now()
-            alone = [mendlm.refine(w, m, refiner) for w, m in zip(W, mask, strict=True)]
-            seconds["one_by_one"] = min(seconds["one_by_one"], now() - began)
+            alone = [
+                mendlm.refine(W, mask, refiner, generator=generator)
+                for W, mask, generator in zip(weights, masks, sources(), strict=True)
+            ]
+            seconds["alone"] = min(seconds["alone"], now() - began)
             began = now()
-            M = batched_tlr(W, mask, refiner, generator)
-            seconds["batched"] = min(seconds["batched"], now() - began)
-        tails = torch.linalg.svdvals(M)[:, rank:].square().sum(1) / W.square().sum((1, 2))
+            together = refine_stack(weights, masks, refiner, generators=sources())
+            seconds["together"] = min(seconds["together"], now() - began)
         yield {
-            "tensors": n,
+            "matrices": n,
             "shape": f"{d_out}x{d_in}",
             "rank": rank,
-            "one_by_one_seconds": seconds["one_by_one"],
-            "batched_seconds": seconds["batched"],
-            "times": seconds["one_by_one"] / seconds["batched"],
+            "ms_alone": 1000 * seconds["alone"] / n,
+            "ms_together": 1000 * seconds["together"] / n,
+            "times": seconds["alone"] / seconds["together"],
             "rel_error": sum(one.rel_error for one in alone) / n,
-            "batched_rel_error": float(tails.sqrt().mean()),
+            "rel_error_together": sum(one.rel_error for one in together) / n,
         }
+        print(f"{n} of {d_out}x{d_in}: {seconds}", flush=True)
 
 
 def measure(folder: Path, only: Sequence[str], n_iter: int) -> None:
@@ -382,8 +374,8 @@ def main() -> None:
     parser.add_argument("--n-iter", type=int, default=50)
     parser.add_argument("--simulate", action="store_true")
     parser.add_argument("--writer", type=Path, metavar="FOLDER")
-    parser.add_argument("--batched", action="store_true")
-    parser.add_argument("--device", default="cpu", help="of --batched: cpu or cuda")
+    parser.add_argument("--stacked", action="store_true")
+    parser.add_argument("--device", default="cpu", help="of --stacked: cpu or cuda")
     options = parser.parse_args()
     if options.folder is not None:
         measure(options.folder, options.only, options.n_iter)
@@ -391,10 +383,11 @@ def main() -> None:
         report("scaling-simulated", "cpu", list(simulated()), "Seconds; tasks timed by scaling-cpu.json.")
     if options.writer is not None:
         report("scaling-writer", "cpu", [writer_rate(options.writer)])
-    if options.batched:
+    if options.stacked:
         torch.set_num_threads(1)
-        rows = list(batched(options.n_iter, options.device))
-        report("scaling-batched", options.device, rows, f"T = {options.n_iter}; one thread; the best of 3.")
+        rows = list(stacked(options.n_iter, options.device))
+        notes = f"Milliseconds for each matrix; T = {options.n_iter}, one thread of the CPU, the best of 3."
+        report("scaling-stacked", options.device, rows, notes)
 
 
 if __name__ == "__main__":

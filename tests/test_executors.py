@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from mendlm import TLR, Recipe
+import mendlm.execution.tasks as tasks_module
+from conftest import TinyLlama
+from mendlm import TLR, AcceleratedTLR, PruneOnly, Recipe, ZeroShotSVD
+from mendlm.checkpoints.plan import PlannedTensor
 from mendlm.checkpoints.staging import has_partial
 from mendlm.devices import resolve_devices
-from mendlm.errors import UsageError, WorkerError
+from mendlm.errors import NonFiniteError, UsageError, WorkerError
 from mendlm.execution import EXECUTORS, LocalExecutor, make_executor
-from mendlm.execution.tasks import one_thread
-from mendlm.pipeline import Event, TensorDone, TensorStarted, compress
+from mendlm.execution.tasks import Task, as_tasks, one_thread
+from mendlm.pipeline import Event, TensorDone, TensorStarted, compress, plan
+from mendlm.verifying import verify
 
 RECIPE = Recipe(refiner=TLR(rank=4, n_iter=2))
 WEIGHTS = "model.safetensors"
@@ -97,6 +105,96 @@ def test_a_stopped_run_goes_on_with_another_number_of_workers(
     result = compress(tiny_llama, tmp_path / "out", RECIPE, workers=1, resume=True)
     assert result.resumed == 3
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == reference
+
+
+@pytest.fixture
+def stacked(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
+    """Let tensors be compressed together on the CPU, as they are on CUDA; what the tasks of the last run were."""
+    seen: list[Task] = []
+
+    def grouped(tensors: Iterable[PlannedTensor], recipe: Recipe, _: torch.device) -> list[Task]:
+        seen[:] = as_tasks(tensors, recipe, torch.device("cuda"))
+        return seen
+
+    monkeypatch.setattr("mendlm.execution.tensors.as_tasks", grouped)
+    return seen
+
+
+def test_tensors_of_one_shape_are_together_on_cuda_alone(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = plan(tiny_llama, RECIPE).compressed
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert as_tasks(tensors, RECIPE, cpu) == [(tensor,) for tensor in tensors]
+    tasks = as_tasks(tensors, RECIPE, cuda)
+    assert sorted(tensor.name for task in tasks for tensor in task) == sorted(tensor.name for tensor in tensors)
+    assert all(len({tensor.shape for tensor in task}) == 1 for task in tasks)
+    assert len(tasks) == len({tensor.shape for tensor in tensors}) < len(tensors)
+    assert [task[0] for task in tasks] == [tensor for tensor in tensors if any(tensor is task[0] for task in tasks)]
+    for alone in (ZeroShotSVD(4), AcceleratedTLR(4), TLR(4, solver="exact"), PruneOnly()):
+        assert all(len(task) == 1 for task in as_tasks(tensors, Recipe(refiner=alone), cuda))
+    ranks = Recipe(refiner=TLR(4), overrides=[{"match": "*layers.0.*", "rank": 3}])
+    assert max(len(task) for task in as_tasks(plan(tiny_llama, ranks).compressed, ranks, cuda)) < max(map(len, tasks))
+    entries = max(prod(tensor.shape) for tensor in tensors)
+    monkeypatch.setattr(tasks_module, "TASK_ENTRIES", 2 * entries)
+    few = as_tasks(tensors, RECIPE, cuda)
+    assert all(sum(prod(tensor.shape) for tensor in task) <= 2 * entries for task in few)
+    assert len(few) > len(tasks)
+    monkeypatch.setattr(tasks_module, "STACKED_ENTRIES", entries - 1)
+    assert all(len(task) == 1 for task in as_tasks(tensors, RECIPE, cuda) if prod(task[0].shape) == entries)
+
+
+def test_tensors_refined_together(
+    tiny_llama: Path, stacked: list[Task], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    result = compress(tiny_llama, tmp_path / "one", RECIPE, workers=1, on_event=events.append)
+    assert max(map(len, stacked)) > 1
+    for kind in (TensorStarted, TensorDone):
+        assert [e.index for e in events if isinstance(e, kind)] == list(range(1, 15))
+    assert verify(tmp_path / "one", tiny_llama).ok
+    bytes_of_one = (tmp_path / "one" / WEIGHTS).read_bytes()
+    compress(tiny_llama, tmp_path / "two", RECIPE, executor=LocalExecutor(workers=2, task_timeout=60))
+    assert (tmp_path / "two" / WEIGHTS).read_bytes() == bytes_of_one
+    monkeypatch.undo()
+    alone = compress(tiny_llama, tmp_path / "alone", RECIPE, workers=1)
+    assert [r.name for r in alone.records] == [r.name for r in result.records]
+    errors = [[record.rel_error for record in run.records] for run in (result, alone)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+
+
+def test_a_task_that_was_stopped_halfway_ends_with_the_same_bytes(
+    tiny_llama: Path, stacked: list[Task], tmp_path: Path
+) -> None:
+    compress(tiny_llama, tmp_path / "whole", RECIPE, workers=1)
+    halfway = len(stacked[0]) - 1
+    assert halfway > 0
+
+    def stop(event: Event) -> None:
+        if isinstance(event, TensorDone) and event.index == halfway:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(tiny_llama, tmp_path / "out", RECIPE, workers=1, on_event=stop)
+    events: list[Event] = []
+    result = compress(tiny_llama, tmp_path / "out", RECIPE, workers=1, resume=True, on_event=events.append)
+    assert result.resumed == halfway
+    for kind in (TensorStarted, TensorDone):
+        assert [e.index for e in events if isinstance(e, kind)] == list(range(halfway + 1, 15))
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+def test_the_tensor_at_fault_in_a_task_is_named(
+    make_tiny_llama: TinyLlama, stacked: list[Task], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(make_tiny_llama(), folder)
+    tensors = load_file(folder / WEIGHTS)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    for n, executor in enumerate((LocalExecutor(workers=1), LocalExecutor(workers=2))):
+        with pytest.raises(NonFiniteError, match=rf"NaN.*\[{name} in"):
+            compress(folder, tmp_path / f"out{n}", RECIPE, executor=executor)
+    assert any(len(task) > 1 and name in {tensor.name for tensor in task} for task in stacked)
 
 
 def test_wrong_settings(tiny_llama: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from mendlm import NM, TLR, AcceleratedTLR, PruneOnly, Unstructured, ZeroShotSVD
 from mendlm.criteria import CRITERIA
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.patterns import Pattern
-from mendlm.refiners import REFINERS, AbstractRefiner
+from mendlm.refiners import REFINERS, AbstractRefiner, refine_stack
 from strategies import matrices, patterns_for, stats_for
 
 EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
@@ -308,6 +308,66 @@ def test_overflow_of_the_storage_dtype_is_reported() -> None:
     W = torch.eye(8) * 1e6
     with pytest.raises(NonFiniteError, match=r"rounding to torch\.float16 overflowed"):
         refine(W, W != 0, TLR(2), storage_dtype=torch.float16)
+
+
+def stack_of(n: int, dtype: torch.dtype, device: str = "cpu") -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Some matrices of one shape, all zero and of rank 1 among them, and masks."""
+    weights = [planted(24, 40, seed=seed, dtype=dtype) for seed in range(n)]
+    weights[1] = torch.zeros(24, 40, dtype=dtype)
+    weights[2] = torch.ones(24, 40, dtype=dtype)
+    masks = [select_mask(W, "magnitude", Unstructured(0.5)) for W in weights]
+    return [W.to(device) for W in weights], [mask.to(device) for mask in masks]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("refiner", [TLR(4), TLR(12, n_iter=9, solver="subspace"), TLR(1, n_iter=1), TLR(0)], ids=str)
+def test_a_stack_gives_what_its_matrices_give_alone(refiner: TLR, dtype: torch.dtype) -> None:
+    weights, masks = stack_of(5, dtype)
+    assert refiner.stacks(24, 40)
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(5)]
+    found = refine_stack(weights, masks, refiner, generators=seeds)
+    for seed, (W, mask, one) in enumerate(zip(weights, masks, found, strict=True)):
+        alone = refine(W, mask, refiner, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(one.decomposition.mask, mask)
+        assert [p.rank for p in one.trace] == [p.rank for p in alone.trace]
+        # Rounding is carried from step to step, and then S, A and B are rounded to their dtype.
+        eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        size = float(torch.linalg.vector_norm(W.double()))
+        for mine, other in zip(one.trace, alone.trace, strict=True):
+            assert mine.objective == pytest.approx(other.objective, rel=1e4 * eps, abs=1e3 * eps * size)
+            assert mine.energy_frac == pytest.approx(other.energy_frac, rel=1e4 * eps)
+        stored = torch.finfo(dtype).eps
+        assert one.rel_error == pytest.approx(alone.rel_error, rel=1e4 * eps, abs=4 * stored)
+        gap = one.decomposition.to_dense().double() - alone.decomposition.to_dense().double()
+        assert float(torch.linalg.vector_norm(gap)) <= (8 * stored + 1e5 * eps) * size
+
+
+def test_a_stack_is_checked() -> None:
+    weights, masks = stack_of(3, torch.float32)
+    seeds = [torch.Generator().manual_seed(0)] * 3
+    weights[2][0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="NaN or infinity"):
+        refine_stack(weights, masks, TLR(4), generators=seeds)
+    large = torch.full((8, 8), 1e38) * torch.eye(8)
+    large[0] = 1e38
+    masks = [torch.eye(8, dtype=torch.bool)] * 3
+    with pytest.raises(NonFiniteError, match=r"tlr gave a non-finite objective in iteration 0 .*\(8, 8\)"):
+        refine_stack([torch.eye(8), large, torch.eye(8)], masks, TLR(2, solver="subspace"), generators=seeds)
+    assert not TLR(4, solver="exact").stacks(24, 40)
+    assert not TLR(24).stacks(24, 40)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rank", [4, 12])
+def test_a_stack_on_cuda_agrees_with_the_cpu(rank: int) -> None:
+    weights, masks = stack_of(40, torch.float32)
+    refiner = TLR(rank, solver="subspace")
+    on_cuda = [torch.Generator(device="cuda").manual_seed(seed) for seed in range(40)]
+    there = refine_stack([W.cuda() for W in weights], [m.cuda() for m in masks], refiner, generators=on_cuda)
+    for seed, (W, mask, one) in enumerate(zip(weights, masks, there, strict=True)):
+        here = refine(W, mask, refiner, generator=torch.Generator().manual_seed(seed))
+        assert one.rel_error == pytest.approx(here.rel_error, rel=2e-2, abs=1e-5)
 
 
 @pytest.mark.gpu
