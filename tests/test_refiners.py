@@ -360,14 +360,16 @@ def test_a_stack_is_checked() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("rank", [4, 12])
-def test_a_stack_on_cuda_agrees_with_the_cpu(rank: int) -> None:
-    weights, masks = stack_of(40, torch.float32)
+def test_a_stack_on_cuda_gives_what_its_matrices_give_alone(rank: int) -> None:
+    def source(seed: int) -> torch.Generator:
+        return torch.Generator(device="cuda").manual_seed(seed)
+
+    weights, masks = stack_of(40, torch.float32, "cuda")
     refiner = TLR(rank, solver="subspace")
-    on_cuda = [torch.Generator(device="cuda").manual_seed(seed) for seed in range(40)]
-    there = refine_stack([W.cuda() for W in weights], [m.cuda() for m in masks], refiner, generators=on_cuda)
-    for seed, (W, mask, one) in enumerate(zip(weights, masks, there, strict=True)):
-        here = refine(W, mask, refiner, generator=torch.Generator().manual_seed(seed))
-        assert one.rel_error == pytest.approx(here.rel_error, rel=2e-2, abs=1e-5)
+    found = refine_stack(weights, masks, refiner, generators=[source(seed) for seed in range(40)])
+    for seed, (W, mask, one) in enumerate(zip(weights, masks, found, strict=True)):
+        alone = refine(W, mask, refiner, generator=source(seed))
+        assert one.rel_error == pytest.approx(alone.rel_error, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.gpu

@@ -40,9 +40,10 @@ N_THREADS = 1  # of the CPU, for each tensor
 
 Task = tuple[PlannedTensor, ...]
 
-# On CUDA small matrices of one shape are refined together, as a launch costs more than what it computes. Entries of a
-# matrix and of a task, at most. On a CPU that is slower than one after the other (docs/scaling.md).
-STACKED_ENTRIES, TASK_ENTRIES = 2**21, 2**25
+# On CUDA matrices of one shape are refined together, as a launch costs more than what it computes: 11 times faster for
+# 576 x 1536, 1.8 for 2048 x 2048, less for larger ones (docs/scaling.md). On a CPU it is slower than one after the
+# other. Entries of a matrix and of a task, at most.
+STACKED_ENTRIES, TASK_ENTRIES = 2**22, 2**25
 
 # Largest resident memory of a process that compresses a tensor: Python and torch, and copies of the tensor in its
 # compute dtype. Measured on 1 thread (docs/executors.md): 0.25 GB, and 4 to 6 copies with the subspace solver or
