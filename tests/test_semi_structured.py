@@ -20,6 +20,7 @@ from torch.sparse import _semi_structured_conversions as conversions
 
 import mendlm
 from mendlm import NM, Recipe, ZeroShotSVD
+from mendlm._speed_worker import _bytes_by_storage
 from mendlm.errors import UsageError
 from mendlm.kernels import _cusparselt, semi_structured
 from mendlm.packing import pack_mask
@@ -210,6 +211,18 @@ def test_converts_back_without_loss(on_cpu: None) -> None:
         assert not hasattr(layer, "_sparse")
 
 
+def test_bench_counts_all_of_it(on_cpu: None) -> None:
+    layer = make_layer()
+    packed = sum(_bytes_by_storage(layer).values())
+    layer.set_runtime("semi-structured")
+    # 2:4 keeps half of the values, this mask at most that, and two bits for each entry are an eighth of its bytes.
+    dense, B = 64 * 128 * 2, 64 * 3 * 2
+    beside = 0 if layer._holds_B() else 9 * 64 * 64 * 2 // 16 - B
+    others = sum(t.numel() * t.element_size() for t in (layer.weight_bitmask, layer.lora_A, layer.bias)) + B
+    assert sum(_bytes_by_storage(layer).values()) == others + 9 * dense // 16 + beside
+    assert packed < others + dense
+
+
 @torch.no_grad()
 def test_takes_packed_values(on_cpu: None) -> None:
     layer, other = make_layer(), make_layer()
@@ -385,9 +398,10 @@ def test_generation_on_the_device(folder: Path) -> None:
 
 @gpu
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(128, 64), (64, 128)], ids=["B beside S", "S alone"])
 @torch.no_grad()
-def test_compiles_on_the_device() -> None:
-    layer = make_layer(device="cuda")
+def test_compiles_on_the_device(shape: tuple[int, int]) -> None:
+    layer = make_layer(*shape, device="cuda")
     layer.set_runtime("semi-structured")
-    x = torch.ones(4, 128, dtype=torch.bfloat16, device="cuda")
+    x = torch.ones(4, shape[1], dtype=torch.bfloat16, device="cuda")
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=0.02, atol=0.1)

@@ -18,6 +18,7 @@ from mendlm._processes import answer_stream
 from mendlm.devices import cpu_name
 from mendlm.errors import UsageError
 from mendlm.evaluation._logits import device_of, text_config
+from mendlm.runtime import weight_tensors
 
 WARM_UP_TOKENS = 4  # decoded before the clock runs
 SEED = 0  # of the random prompts
@@ -108,9 +109,9 @@ def _wait(device: torch.device) -> None:
 
 
 def _bytes_by_storage(model: Any) -> dict[int, int]:
-    """Address -> size of every storage of the model's parameters and buffers; tied ones count once."""
+    """Address -> size of every storage of the model's weights; tied ones count once."""
     found: dict[int, int] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in weight_tensors(model):
         for part in _parts(tensor):
             storage = part.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()

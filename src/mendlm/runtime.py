@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, Self
 
 import torch
@@ -337,6 +337,15 @@ class SparseLowRankLinear(nn.Module):
                 S, B = self._dense() if S is None else S, self._B() if B is None else B
                 self._hold_sparse(self._compressed(S.to(self.lora_A), bitmask, B.to(self.lora_A)))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def weight_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that a model holds: parameters, buffers, and S of semi-structured layers, which is neither."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        if isinstance(module, SparseLowRankLinear) and module.runtime == "semi-structured":
+            yield module._sparse
 
 
 class _NoGradient(torch.autograd.Function):
