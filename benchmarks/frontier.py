@@ -174,7 +174,7 @@ def draw(store: Cells) -> None:
     dense = alt.Chart().transform_calculate(dense=str(store.done[("dense", "", "")]["ppl"]))
     lines = alt.Chart().encode(
         x=alt.X(
-            "ratio:Q", title="stored bytes / dense bytes", scale=alt.Scale(zero=False), axis=alt.Axis(format=".2f")
+            "ratio:Q", title="stored bytes / dense bytes", scale=alt.Scale(zero=False), axis=alt.Axis(format=".3f")
         ),
         y=alt.Y("ppl:Q", title="perplexity", scale=alt.Scale(type="log", nice=False)),
         color=alt.Color("method:N", sort=methods, scale=alt.Scale(domain=methods, scheme="tableau20"), title=None),

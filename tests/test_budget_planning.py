@@ -31,7 +31,7 @@ from mendlm.patterns import NM, Pattern, Unstructured
 from mendlm.pipeline import compress, plan
 from mendlm.plotting import plot_budget
 from mendlm.recipe_files import load_recipe, recipe_text
-from mendlm.refiners import OATS, TLR, AbstractRefiner, AcceleratedTLR, PruneOnly, ZeroShotSVD
+from mendlm.refiners import OATS, TLR, AbstractRefiner, AcceleratedTLR, JointADMM, PruneOnly, ZeroShotSVD
 from strategies import stats_for
 from tiny import tiny_model
 
@@ -117,6 +117,19 @@ def test_curves_are_near_what_a_whole_run_leaves(kind: str, pattern: Pattern) ->
     lost = metric.whiten(metric.scaled(W * ~select_mask(W, "magnitude", pattern)))
     tail = float(torch.linalg.svdvals(lost)[8:].square().sum())
     assert tail > curve[-1]
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+def test_curves_of_a_refiner_that_chooses_its_mask(pattern: Pattern) -> None:
+    metric = make_metric("gram", stats_for(128), damping=0.01, dtype=torch.float32, device=torch.device("cpu"))
+    ranks = (0, 4, 8, 16)
+    curve = curve_of(JointADMM(rank=4), ranks, metric, pattern)
+    on_the_given_mask = curve_of(AcceleratedTLR(rank=4), ranks, metric, pattern)
+    for rank, found, other in zip(ranks, curve, on_the_given_mask, strict=True):
+        want = run_to_the_end(JointADMM(rank=rank), metric, pattern)
+        # A fifth of the iterations, and the mask of another rank: the more above, the larger the rank (16 of 96 here).
+        assert want <= found <= 3 * want
+        assert found < other
 
 
 @pytest.mark.parametrize("refiner", [ZeroShotSVD(rank=4, refit=False), ZeroShotSVD(rank=4), OATS(rank=4, n_iter=5)])

@@ -202,6 +202,13 @@ class JointADMM(AbstractRefiner):
             raise AssertionError("the polish follows the last iteration of ADMM")
         return state, state.alternation.step(self.rank)
 
+    def choose_mask(self, problem: Problem) -> Tensor:
+        """The mask alone, without the polish."""
+        state = self.init(problem)
+        for t in range(self.n_iter):
+            state, _ = self.step(problem, state, t)
+        return state.mask
+
     def converged(self, state: _State) -> bool:
         """Whether the last step of the polish changed the objective by no more than rtol."""
         return state.alternation is not None and state.alternation.change <= self.rtol
