@@ -100,7 +100,7 @@ def prefill(shape: tuple[int, int], rank: int, n_tokens: int) -> Iterator[dict[s
     layer = random_layer(*shape, rank, "2:4")
     x = torch.randn(n_tokens, shape[1], dtype=DTYPE, device="cuda")
     packed = layer.packed_tensors()
-    S = layer._dense()
+    S = layer._S_and_B()[0]
     dense = S.detach() + packed["lora_B"].detach() @ packed["lora_A"].detach()
     for runtime in ("packed", "semi-structured"):
         try:

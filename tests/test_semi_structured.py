@@ -69,7 +69,7 @@ def capability(monkeypatch: pytest.MonkeyPatch) -> None:
 def on_cpu(request: pytest.FixtureRequest, capability: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the CPU for that device, and multiply there; with and without B in the semi-structured tensor."""
     if request.param == "B beside S":
-        monkeypatch.setattr(semi_structured, "holds_B", lambda S, lora_B: lora_B.shape[1] > 0)
+        monkeypatch.setattr(semi_structured, "takes_B", lambda S, lora_B: lora_B.shape[1] > 0)
     obstacle = semi_structured.obstacle
     monkeypatch.setattr(semi_structured, "obstacle", lambda mask, d_in, dtype, _: obstacle(mask, d_in, dtype, CUDA))
     monkeypatch.setattr(Cutlass, "_validate_device_dim_dtype_shape", lambda S: None)

@@ -173,8 +173,7 @@ def error_curve(
         )
         problem = replace(problem, mask=quick.choose_mask(problem), start=None)
     problem = _fitted(problem, refiner)
-    residual = problem.W * ~mask if problem.start is None else problem.W - problem.start
-    sigma = torch.linalg.svdvals(metric.whiten(residual)).double()
+    sigma = torch.linalg.svdvals(metric.whiten(problem.lost)).double()
     energies = sigma.square().flip(0).cumsum(0).flip(0).tolist()
     tail = [energies[rank] if rank < len(energies) else 0.0 for rank in ranks]
     near = _nearest(ranks)

@@ -154,7 +154,7 @@ class SparseLowRankLinear(nn.Module):
             return kernels.packed_linear(x, *packed_S, self.lora_A, self.lora_B, self.bias, self._half_of)
         if self.runtime == "semi-structured":
             return self._multiply_semi_structured(x)
-        y = linear(x, self._dense(), self.bias)
+        y = linear(x, self._S_and_B()[0], self.bias)
         alone = not self._needs_grad(x) and not torch.is_autocast_enabled(x.device.type)
         return kernels.add_low_rank(y, x, self.lora_A, self.lora_B, in_place=alone)
 
@@ -183,19 +183,19 @@ class SparseLowRankLinear(nn.Module):
         if self.runtime == "merged":
             raise UsageError(f"a merged layer cannot become {runtime}: S, B and A are gone. Load the checkpoint again.")
         with torch.no_grad():
+            S, B = self._S_and_B()
             if runtime == "merged":
-                self._merge()
+                self._merge(S, B)
             elif runtime == "semi-structured":
-                sparse = self._compressed(self._dense(), self._bitmask, self.lora_B)
-                self._forget_S()
+                sparse = self._compressed(S, self._bitmask, B)
+                self._forget_S(B)
                 self._hold_sparse(sparse)
             elif runtime == "factored":
-                S = self._dense()
-                self._forget_S()
+                self._forget_S(B)
                 self._set_weight(S)
             else:
-                values = self._packed_values()
-                self._forget_S()
+                values = S[self._mask()]
+                self._forget_S(B)
                 self.weight_values = nn.Parameter(values, requires_grad=False)
         self.runtime = runtime
 
@@ -208,12 +208,11 @@ class SparseLowRankLinear(nn.Module):
         """
         if self.runtime == "merged":
             raise UsageError("a merged layer has no packed form. Load the checkpoint with another runtime to save it.")
-        return {
-            "weight_values": self.weight_values if self.runtime == "packed" else self._packed_values(),
-            "weight_bitmask": self._bitmask,
-            "lora_A": self.lora_A,
-            "lora_B": self._B(),
-        }
+        others = {"weight_bitmask": self._bitmask, "lora_A": self.lora_A}
+        if self.runtime == "packed":
+            return {"weight_values": self.weight_values, **others, "lora_B": self.lora_B}
+        S, B = self._S_and_B()
+        return {"weight_values": S[self._mask()], **others, "lora_B": B}
 
     def extra_repr(self) -> str:
         """Shape, rank and runtime for `print(model)`."""
@@ -249,27 +248,16 @@ class SparseLowRankLinear(nn.Module):
         tensors = (x, self.lora_A, self.lora_B, self.bias)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
-    def _packed_values(self) -> Tensor:
-        return self._dense()[self._mask()]
-
-    def _dense(self) -> Tensor:
-        """S (d_out, d_in) in any runtime but the merged one."""
-        if self.runtime == "factored":
-            return self.weight
-        return self._split()[0] if self.runtime == "semi-structured" else self._unpacked()
-
     def _holds_B(self) -> bool:
         """Whether B is a parameter of the layer; otherwise it is a part of `_sparse`."""
         return LORA_B in self._parameters
 
-    def _B(self) -> Tensor:
-        """B (d_out, rank) in any runtime but the merged one."""
-        return self.lora_B if self._holds_B() else self._split()[1]
-
-    def _split(self) -> tuple[Tensor, Tensor]:
-        """S and B in the semi-structured runtime."""
-        S, B = semi_structured.split(self._sparse, self.in_features, self.rank)
-        return S, self.lora_B if B is None else B
+    def _S_and_B(self) -> tuple[Tensor, Tensor]:
+        """Dense S (d_out, d_in) and B (d_out, rank) in any runtime but the merged one."""
+        if self.runtime == "semi-structured":
+            S, B = semi_structured.split(self._sparse, self.in_features, self.rank)
+            return S, self.lora_B if B is None else B
+        return self.weight if self.runtime == "factored" else self._unpacked(), self.lora_B
 
     def _compressed(self, S: Tensor, bitmask: Tensor, lora_B: Tensor) -> Tensor:
         reason = semi_structured.obstacle(bitmask, self.in_features, S.dtype, S.device)
@@ -284,19 +272,19 @@ class SparseLowRankLinear(nn.Module):
             self._trains_b = self.lora_B.requires_grad
             del self.lora_B
 
-    def _forget_S(self) -> None:
+    def _forget_S(self, B: Tensor) -> None:
+        """Drop S as the runtime has it; B is a parameter afterwards."""
         if not self._holds_B():
-            self.lora_B = nn.Parameter(self._B(), requires_grad=self._trains_b)
+            self.lora_B = nn.Parameter(B, requires_grad=self._trains_b)
         delattr(self, {"packed": "weight_values", "factored": "weight", "semi-structured": "_sparse"}[self.runtime])
         self.row_starts = None
 
     def _set_weight(self, weight: Tensor, *, trainable: bool = False) -> None:
         self.weight = nn.Parameter(weight, requires_grad=trainable)
 
-    def _merge(self) -> None:
-        S = self._dense()
-        merged = merge(S, self._B(), self.lora_A, S.dtype)
-        self._forget_S()
+    def _merge(self, S: Tensor, B: Tensor) -> None:
+        merged = merge(S, B, self.lora_A, S.dtype)
+        self._forget_S(B)
         del self.lora_A, self.lora_B, self.weight_bitmask, self.row_starts
         self._set_weight(merged, trainable=True)  # an ordinary dense layer now
 
@@ -334,7 +322,9 @@ class SparseLowRankLinear(nn.Module):
             if self.runtime == "factored" and S is not None:
                 state_dict[prefix + "weight"] = S
             elif self.runtime == "semi-structured" and not (S is None and B is None):
-                S, B = self._dense() if S is None else S, self._B() if B is None else B
+                S = self._S_and_B()[0] if S is None else S
+                if B is None:
+                    B = self.lora_B if self._holds_B() else self._S_and_B()[1]
                 self._hold_sparse(self._compressed(S.to(self.lora_A), bitmask, B.to(self.lora_A)))
         super()._load_from_state_dict(state_dict, prefix, *args)
 

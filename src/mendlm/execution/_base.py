@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from mendlm.errors import UsageError, WorkerError, located
-from mendlm.execution.tasks import Compressed, Job, Task
+from mendlm.execution.tasks import Compressed, Job, Task, place
 
 logger = logging.getLogger(__name__)
 
@@ -93,12 +93,6 @@ class Tries:
         if n == N_TRIES:
             said = [how, f"That was try {n} of {N_TRIES}.", advice, "Run again with --resume."]
             raise located(WorkerError(" ".join(filter(None, said))), place(task))
-
-
-def place(task: Task) -> str:
-    """Where a task is in the checkpoint, for an error."""
-    more = f" and {len(task) - 1} more" if len(task) > 1 else ""
-    return f"{task[0].name}{more} in {task[0].shard}"
 
 
 def check_settings(workers: int | None, task_timeout: float | None) -> None:

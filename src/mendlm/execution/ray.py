@@ -25,8 +25,8 @@ import torch
 
 import mendlm
 from mendlm.errors import MissingDependencyError, UsageError, WorkerError, located
-from mendlm.execution._base import AbstractExecutor, Pool, Started, Tries, check_settings, place
-from mendlm.execution.tasks import Answer, Compressed, Job, Task, answer, compressed, failure, memory_bytes
+from mendlm.execution._base import AbstractExecutor, Pool, Started, Tries, check_settings
+from mendlm.execution.tasks import Answer, Compressed, Job, Task, answer, compressed, failure, memory_bytes, place
 
 logger = logging.getLogger(__name__)
 

@@ -92,6 +92,12 @@ class Job:
     devices: tuple[torch.device, ...]
 
 
+def place(task: Task) -> str:
+    """Where a task is in the checkpoint, for an error."""
+    more = f" and {len(task) - 1} more" if len(task) > 1 else ""
+    return f"{task[0].name}{more} in {task[0].shard}"
+
+
 def as_tasks(tensors: Iterable[PlannedTensor], recipe: Recipe, device: torch.device) -> list[Task]:
     """Tensors in groups that are compressed together, on the CPU each alone; in the order of the first of each.
 
@@ -136,7 +142,7 @@ def compress_weight(
         W = read_weight(shard, tensor)
         parts, record = compress_tensor(W, tensor, recipe, device, inputs)
     except MendError as err:
-        raise located(err, f"{tensor.name} in {shard.name}") from err
+        raise located(err, place((tensor,))) from err
     return Compressed(tensor, parts, record, time.monotonic() - started)
 
 

@@ -67,7 +67,7 @@ def compress(S: Tensor, lora_B: Tensor) -> Tensor:
     """
     torch_class = _torch_class(S.device)
     assert torch_class is not None  # noqa: S101 (`obstacle` was asked)
-    if holds_B(S, lora_B):
+    if takes_B(S, lora_B):
         unit = torch_class._DTYPE_SHAPE_CONSTRAINTS[S.dtype].sparse_min_cols
         S = torch.cat([S, _in_pairs(lora_B.detach().to(S.dtype), -(-2 * lora_B.shape[1] // unit) * unit)], dim=1)
     with warnings.catch_warnings():
@@ -76,7 +76,7 @@ def compress(S: Tensor, lora_B: Tensor) -> Tensor:
     return sparse
 
 
-def holds_B(S: Tensor, lora_B: Tensor) -> bool:
+def takes_B(S: Tensor, lora_B: Tensor) -> bool:
     """Whether `compress` takes B in: it spares a pass over y (n, d_out) for one over x (n, d_in)."""
     d_out, d_in = S.shape
     return _cusparselt.available() and lora_B.shape[1] > 0 and d_in <= d_out and _torch_class(S.device) is _PLANNED

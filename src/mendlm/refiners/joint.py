@@ -182,8 +182,10 @@ class JointADMM(AbstractRefiner):
 
     def init(self, problem: Problem) -> _State:
         """S = D = W, L = U = 0."""
-        metric, pattern = gram_of(problem, self.name), pattern_of(problem, self.name)
-        return _State(_Splitting(problem, metric, pattern, self), problem.mask)
+        return _State(self._splitting(problem), problem.mask)
+
+    def _splitting(self, problem: Problem) -> _Splitting:
+        return _Splitting(problem, gram_of(problem, self.name), pattern_of(problem, self.name), self)
 
     def step(self, problem: Problem, state: _State, t: int) -> tuple[_State, Progress]:
         """An iteration of ADMM, or one of the polish."""
@@ -204,10 +206,10 @@ class JointADMM(AbstractRefiner):
 
     def choose_mask(self, problem: Problem) -> Tensor:
         """The mask alone, without the polish."""
-        state = self.init(problem)
+        splitting = self._splitting(problem)
         for t in range(self.n_iter):
-            state, _ = self.step(problem, state, t)
-        return state.mask
+            splitting.step(t)
+        return splitting.mask
 
     def converged(self, state: _State) -> bool:
         """Whether the last step of the polish changed the objective by no more than rtol."""
