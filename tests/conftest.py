@@ -30,7 +30,7 @@ TinyLlama = Callable[..., Path]
 STEADY_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 # The files that take longest, the longest first: one that a test process began last would keep it alone for minutes.
-LONGEST = ["smollm2", "tasks", "calibration", "cli", "gguf", "loading", "bench", "ray", "matching", "sweep"]
+LONGEST = ["smollm2", "cli", "tasks", "loading", "bench", "calibration", "ray", "triton", "matching", "sweep"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

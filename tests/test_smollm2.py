@@ -21,6 +21,9 @@ from mendlm.report.records import read_records
 
 pytestmark = pytest.mark.slow
 
+# Fewer iterations than by default: half of the time of this file is theirs.
+MENDING = TLR(rank=16, n_iter=20)
+
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -30,15 +33,15 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     folder = tmp_path_factory.mktemp("smollm2") / "dense"
     result = mendlm.import_gguf(gguf, folder)
-    assert result.n_tensors == 272
-    assert result.max_abs_difference == 0.0
+    assert (result.n_tensors, result.n_parameters, result.max_abs_difference) == (272, 134_515_008, 0.0)
+    assert result.verified_against == "gguf package"
     return folder
 
 
 @pytest.fixture(scope="module")
 def mended(smollm2: Path) -> Path:
     out = smollm2.parent / "mended"
-    mendlm.compress(smollm2, out, Recipe(pattern=Unstructured(0.5), refiner=TLR(rank=16)))
+    mendlm.compress(smollm2, out, Recipe(pattern=Unstructured(0.5), refiner=MENDING))
     return out
 
 
@@ -52,7 +55,7 @@ def pruned(smollm2: Path) -> Path:
 def test_every_projection_is_compressed(mended: Path) -> None:
     records = read_records(mended)
     assert len(records) == 210
-    assert all(r.n_kept == math.prod(r.shape) // 2 and r.rank == 16 and r.n_iter == 50 for r in records)
+    assert all(r.n_kept == math.prod(r.shape) // 2 and r.rank == 16 and r.n_iter == 20 for r in records)
     assert all(0.05 < r.rel_error < 0.3 for r in records)
 
 
@@ -61,7 +64,7 @@ def test_stored_tensors_are_those_of_the_library(smollm2: Path, mended: Path) ->
     with safe_open(smollm2 / "model.safetensors", "pt") as dense:
         W = dense.get_tensor(f"{name}.weight")
     mask = select_mask(W, "magnitude", Unstructured(0.5))
-    expected = refine(W, mask, TLR(rank=16), generator=tensor_generator(0, f"{name}.weight"))
+    expected = refine(W, mask, MENDING, generator=tensor_generator(0, f"{name}.weight"))
     with safe_open(mended / "model.safetensors", "pt") as file:
         values, bits = file.get_tensor(f"{name}.weight_values"), file.get_tensor(f"{name}.weight_bitmask")
         A, B = file.get_tensor(f"{name}.lora_A"), file.get_tensor(f"{name}.lora_B")
