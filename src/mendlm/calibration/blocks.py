@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mendlm._memory import trim
+from mendlm.calibration.products import quick_products
 from mendlm.checkpoints.header import FLOATING, TensorInfo
 from mendlm.checkpoints.reader import Checkpoint, Shard, read_tensor
 from mendlm.errors import CheckpointError, UsageError
@@ -125,7 +126,8 @@ class BlockModel:
         The batch must have a shape that `embed` has seen.
         """
         call = self._calls[tuple(hidden.shape[:2])][index]
-        out = block(hidden, *call.args, **call.kwargs)
+        with quick_products(self.device, self.dtype):
+            out = block(hidden, *call.args, **call.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
