@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mendlm._quiet import quiet_transformers
+from mendlm.calibration.products import quick_products
 from mendlm.errors import NonFiniteError
 from mendlm.evaluation._logits import device_of, eval_mode, text_config
 
@@ -117,7 +118,8 @@ def sample(
     length = -(-seqlen // n_parts)
     starts = _start_ids(model, n_sequences * n_parts, torch.Generator().manual_seed(seed))
     samples: list[Tensor] = []
-    with _seeded(seed, device_of(model)), quiet_transformers(), eval_mode(model), _own_generation_config(model):
+    quick = quick_products(device_of(model), model.dtype)
+    with _seeded(seed, device_of(model)), quiet_transformers(), eval_mode(model), _own_generation_config(model), quick:
         for batch in torch.split(starts, batch_size):
             samples.append(_continued(model, batch, length))
             done = sum(map(len, samples)) * length
