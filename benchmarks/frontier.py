@@ -33,18 +33,19 @@ PATTERNS = {
 }
 RANKS = ("0", "8", "16", "32")
 PRUNED = ["--refiner", "none"]
+DSNOT = ["--recipe", "dsnot-50"]  # with Wanda's mask in the MLP, as its code
 ZERO_SHOT = ["--recipe", str(ROOT / "benchmarks" / "recipes" / "zero-shot-published.yaml")]
 
 # method -> flags; with a rank they are given --rank too, unless the method has none
 PUBLISHED: dict[str, list[str]] = {
     "magnitude": ["--criterion", "magnitude", *PRUNED],
     "Wanda": ["--criterion", "wanda", *PRUNED],
-    "DSnoT": ["--criterion", "dsnot", *PRUNED],
+    "DSnoT": DSNOT,
     "SparseGPT": ["--criterion", "sparsegpt", *PRUNED],
     "magnitude + TLR": ["--criterion", "magnitude", "--refiner", "tlr", "--metric", "plain"],
     "Wanda + zero-shot SVD": ["--criterion", "wanda", *ZERO_SHOT],
     "Wanda + TLR": ["--criterion", "wanda", "--refiner", "tlr", "--metric", "plain"],
-    "DSnoT + TLR": ["--criterion", "dsnot", "--refiner", "tlr", "--metric", "plain"],
+    "DSnoT + TLR": [*DSNOT, "--refiner", "tlr", "--metric", "plain"],
     "Wanda + SLiM-LoRA": ["--criterion", "wanda", "--refiner", "slim-lora"],
     "SparseGPT + zero-shot SVD": ["--criterion", "sparsegpt", *ZERO_SHOT],
     "SparseGPT + EoRA": ["--criterion", "sparsegpt", "--refiner", "eora"],

@@ -222,6 +222,11 @@ def test_curves_are_read_back_and_belong_to_one_run(tiny_llama: Path, tmp_path: 
     assert again.recipe == first.recipe
     assert ModelCurves.load(file) == first.curves
 
+    fixed = (Override(match="*.down_proj.weight", rank=2),)
+    plan_budget(tiny_llama, HALF.model_copy(update={"overrides": fixed}), target_rank_bytes=FACTORS, curves=file)
+    other = (Override(match="*.down_proj.weight", criterion="random"),)
+    with pytest.raises(UsageError, match="another run: criteria"):
+        plan_budget(tiny_llama, HALF.model_copy(update={"overrides": other}), target_rank_bytes=FACTORS, curves=file)
     with pytest.raises(UsageError, match="another run: criterion was 'magnitude', now 'random'"):
         plan_budget(tiny_llama, Recipe(criterion="random", rank=4), target_rank_bytes=FACTORS, curves=file)
     with pytest.raises(UsageError, match="another run: rank_step was 4, now 2"):

@@ -210,6 +210,29 @@ def test_each_block_is_calibrated_on_the_compressed_blocks_before_it(
     )
 
 
+def test_a_criterion_by_tensor_name(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """Dense propagation: what a criterion chooses for a tensor does not depend on the others."""
+    masks = {}
+    overrides = {"mixed": [{"match": "*.mlp.*", "criterion": "wanda"}], "wanda": [], "sparsegpt": []}
+    for name, items in overrides.items():
+        criterion = "wanda" if name == "wanda" else "sparsegpt"
+        recipe = Recipe(
+            criterion=criterion,
+            refiner="none",
+            pattern=NM(2, 4),
+            calibration=calibration(text_file, propagate="dense"),
+            overrides=items,
+        )
+        compress(tiny_llama, tmp_path / name, recipe)
+        masks[name] = mendlm.load(tmp_path / name).model.layers.state_dict()
+    for path in PROJECTIONS:
+        expected = "wanda" if path.startswith("mlp.") else "sparsegpt"
+        assert torch.equal(masks["mixed"][f"1.{path}.weight"], masks[expected][f"1.{path}.weight"])
+        assert not torch.equal(masks["wanda"][f"1.{path}.weight"], masks["sparsegpt"][f"1.{path}.weight"])
+    criteria = {r.name: r.criterion for r in read_records(tmp_path / "mixed")}
+    assert all(criterion == ("wanda" if ".mlp." in name else "sparsegpt") for name, criterion in criteria.items())
+
+
 def text_ids(model: Path, text: Path) -> Tensor:
     from transformers import AutoTokenizer
 

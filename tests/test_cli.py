@@ -591,6 +591,17 @@ def test_another_refiner_leaves_the_old_ones_settings(tmp_path: Path) -> None:
     assert resolve_recipe(file, {"refiner": "none"}, Zeros()).refiner_for(8, 8).rank == 0
 
 
+def test_another_criterion_is_that_of_every_tensor(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "criterion: magnitude\noverrides:\n"
+        "- {match: '*.mlp.*', criterion: random}\n- {match: '*.q_proj.*', criterion: random, rank: 3}\n"
+    )
+    assert resolve_recipe(file, {"criterion": "magnitude"}, Zeros()) == Recipe.from_file(file)
+    other = resolve_recipe(file, {"criterion": "random"}, Zeros())
+    assert [override.to_dict() for override in other.overrides] == [{"match": "*.q_proj.*", "rank": 3}]
+
+
 def test_flags_that_exclude_each_other(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("pattern: '2:4'\n")

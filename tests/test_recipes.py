@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from mendlm.budgets import resolve_rank
 from mendlm.config import Calibration, Matching, Override, Owl, Recipe
+from mendlm.criteria.simple import Magnitude
+from mendlm.criteria.sparsegpt import SparseGPT
 from mendlm.errors import UsageError
 from mendlm.patterns import NM, Pattern, Unstructured
 from mendlm.recipe_errors import RecipeError, field_name
@@ -395,6 +397,26 @@ def test_the_folder_at_the_root_is_the_packages() -> None:
 def section(title: str) -> str:
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     return re.split(rf"^##+ {re.escape(title)}$", page, flags=re.MULTILINE)[1].partition("\n#")[0]
+
+
+def test_a_criterion_by_tensor_name_is_a_criterion() -> None:
+    text = {"source": "random-tokens"}
+    mlp = [{"match": "*.mlp.*", "criterion": "sparsegpt"}]
+    with pytest.raises(UsageError, match="criterion 'sparsegpt' weighs the inputs, so it needs calibration data"):
+        Recipe(refiner="none", overrides=mlp)
+    with pytest.raises(UsageError, match="unknown criterion 'wnada'"):
+        Recipe(overrides=[{"match": "*", "criterion": "wnada"}])
+    options = {"ties": "position"}
+    recipe = Recipe(
+        criterion_options=options, refiner="none", metric="plain", calibration=text, overrides=mlp, damping=0.5
+    )
+    assert recipe.needs == "gram"
+    assert recipe.criterion_for("layers.0.q_proj.weight") == Magnitude(ties="position")
+    assert recipe.criterion_for("layers.0.mlp.up_proj.weight") == SparseGPT(damping=0.5)
+    back = [*mlp, {"match": "*.up_proj.*", "criterion": "magnitude"}, {"match": "*.up_proj.*", "rank": 2}]
+    again = Recipe(criterion_options=options, calibration=text, overrides=back)
+    assert again.criterion_for("layers.0.mlp.up_proj.weight") == Magnitude(ties="position")
+    assert Recipe(**again.to_dict()) == again
 
 
 def rows(title: str) -> list[str]:

@@ -146,11 +146,15 @@ class Calibration(BaseModel):
 
 
 class Override(BaseModel):
-    """Settings for the tensors whose names match a glob; what is None stays as the recipe has it."""
+    """Settings for the tensors whose names match a glob; what is None stays as the recipe has it.
+
+    A `criterion` other than the recipe's has its own defaults: `criterion_options` are not for it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     match: Annotated[str, Field(min_length=1)]
+    criterion: Annotated[str | None, BeforeValidator(_parse_criterion)] = None
     pattern: Annotated[Pattern | None, PlainValidator(_parse_optional_pattern)] = None
     sparsity: Annotated[float, Field(ge=0, le=1)] | None = None
     rank: Annotated[int | str | None, PlainValidator(_parse_optional_rank)] = None
@@ -159,6 +163,7 @@ class Override(BaseModel):
         """JSON-able fields that are not None."""
         fields = {
             "match": self.match,
+            "criterion": self.criterion,
             "pattern": None if self.pattern is None else pattern_to_dict(self.pattern),
             "sparsity": self.sparsity,
             "rank": self.rank,
@@ -215,7 +220,7 @@ class Recipe(BaseModel):
     damping : added to the diagonal of a Gram matrix, as a share of its mean.
     dead_columns : what to do with inputs that calibration never saw: "keep", "drop" or "error".
     layer_sparsity : "owl" or an `Owl`: sparsities by block, around that of an unstructured pattern.
-    overrides : pattern, sparsity or rank by tensor name; the last match wins.
+    overrides : criterion, pattern, sparsity or rank by tensor name; the last match wins.
     skip_layers : blocks that stay dense; -1 is the last.
     pattern : `Unstructured` or `NM`; also ``"2:4"``, ``{"n": 2, "m": 4}``, ``{"sparsity": 0.5, "scope": "row"}``.
         Without a scope weights compete as in the criterion's paper.
@@ -288,13 +293,13 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _check_criterion(self) -> Self:
-        kind = CRITERIA[self.criterion]
-        _check_options("criterion", kind, self.criterion_options, set())
-        self.criterion_object()
+        _check_options("criterion", CRITERIA[self.criterion], self.criterion_options, set())
+        self._criterion_object(self.criterion)
         if self.calibration is None:
             data = "calibration data: a FILE, c4, wikitext2, self or random-tokens"
-            if kind.needs != "weights":
-                raise UsageError(f"criterion {self.criterion!r} weighs the inputs, so it needs {data}.")
+            for criterion in self._criteria():
+                if CRITERIA[criterion].needs != "weights":
+                    raise UsageError(f"criterion {criterion!r} weighs the inputs, so it needs {data}.")
             if self.metric in ("diagonal", "gram"):
                 raise UsageError(f"metric {self.metric!r} weighs the inputs, so it needs {data}.")
             if self.layer_sparsity is not None:
@@ -339,15 +344,22 @@ class Recipe(BaseModel):
 
     @property
     def needs(self) -> Needs:
-        """What calibration has to gather for criterion and metric together."""
+        """What calibration has to gather for criteria and metric together."""
         by_metric: dict[str, Needs] = {"plain": "weights", "diagonal": "second_moment", "gram": "gram"}
-        wanted = (CRITERIA[self.criterion].needs, by_metric[self.metric_kind])
+        wanted = [by_metric[self.metric_kind], *(CRITERIA[criterion].needs for criterion in self._criteria())]
         return max(wanted, key=("weights", "second_moment", "gram").index)
 
-    def criterion_object(self) -> AbstractCriterion:
-        """The criterion with its options; one that damps a Gram matrix takes the recipe's damping if it has none."""
-        kind = CRITERIA[self.criterion]
-        options = self.criterion_options
+    def _criteria(self) -> list[str]:
+        return [self.criterion, *(override.criterion for override in self.overrides if override.criterion is not None)]
+
+    def criterion_for(self, name: str) -> AbstractCriterion:
+        """The criterion of the tensor `name`; one that damps a Gram matrix has the recipe's damping if it has none."""
+        found = (o.criterion for o in reversed(self._matching(name)) if o.criterion is not None)
+        return self._criterion_object(next(found, self.criterion))
+
+    def _criterion_object(self, criterion: str) -> AbstractCriterion:
+        kind = CRITERIA[criterion]
+        options = self.criterion_options if criterion == self.criterion else {}
         if "damping" in {f.name for f in dataclasses.fields(kind)}:  # type: ignore[arg-type]
             options = {"damping": self.damping} | options
         return kind(**options)

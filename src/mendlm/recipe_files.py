@@ -65,13 +65,16 @@ def put_over(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     """The `fields` of a resolved recipe with those that were `given` put over them.
 
     One that changes the refiner takes the old refiner's own settings (n_iter, solver, options) with it, and to or from
-    one without a low-rank part the rank; one that changes the criterion takes its options, and its scope.
+    one without a low-rank part the rank; one that changes the criterion takes its options, its scope, and the criteria
+    of overrides.
     """
     kept = dict(fields)
     if given.get("criterion", kept["criterion"]) != kept["criterion"]:
         kept["criterion_options"] = {}
         if "scope" in kept["pattern"]:
             kept["pattern"] = {"sparsity": kept["pattern"]["sparsity"]}
+        overrides = [{k: v for k, v in override.items() if k != "criterion"} for override in kept["overrides"]]
+        kept["overrides"] = [override for override in overrides if len(override) > 1]
     if given.get("refiner", kept["refiner"]) != kept["refiner"]:
         dropped = {"n_iter", "solver", "refiner_options"}
         if PruneOnly.name in (given["refiner"], kept["refiner"]):

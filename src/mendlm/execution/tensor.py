@@ -109,7 +109,7 @@ def _select(
     W: Tensor, tensor: PlannedTensor, recipe: Recipe, generator: torch.Generator, stats: InputStats | None
 ) -> Selection:
     pattern = _pattern(tensor, recipe)
-    return select(W, recipe.criterion_object(), pattern, inputs=stats, generator=generator)
+    return select(W, recipe.criterion_for(tensor.name), pattern, inputs=stats, generator=generator)
 
 
 def _packed(
@@ -127,7 +127,7 @@ def _packed(
         shape=(d_out, d_in),
         dtype=tensor.dtype,
         storage_dtype=tensor.storage_dtype,
-        criterion=recipe.criterion,
+        criterion=recipe.criterion_for(tensor.name).name,
         n_kept=parts[0].numel(),
         sparsity=sparsity_of(parts[0].numel(), d_out, d_in),
         rank=parts[2].shape[0],

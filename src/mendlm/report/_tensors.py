@@ -229,7 +229,7 @@ class Details:
         pattern = recipe.pattern if planned.pattern is None else planned.pattern
         watched = _Watched(refiner) if isinstance(refiner, TLR) else None
         with torch.no_grad():
-            selection = select(W, recipe.criterion_object(), pattern, generator=generator)
+            selection = select(W, recipe.criterion_for(record.name), pattern, generator=generator)
             out = refine(
                 W,
                 selection.mask,
