@@ -172,19 +172,25 @@ def draw(store: Cells) -> None:
         for (method, pattern, _), row in store.done.items()
         if method in methods and pattern in ("2:4", "50 %", "60 %", "70 %")
     ]
+    # Published methods in pale colours, ours in strong ones.
+    colours = "9aa5b1 d6c08a a3c1ad d9a3c4 8fb3d1 d99f7d bcbcbc a9c46c b59ad1 6f8f8f c7786c 8d8a5a".split()
+    pale = iter(f"#{colour}" for colour in colours)
+    strong = {"fast": "#56B4E9", "balanced": "#009E73", "JointADMM": "#0072B2", "best": "#D55E00"}
+    strong["HASSLE-free"] = "#1b1f24"  # the best of the published ones
+    scale = alt.Scale(domain=methods, range=[strong.get(method) or next(pale) for method in methods])
     dense = alt.Chart().transform_calculate(dense=str(store.done[("dense", "", "")]["ppl"]))
     lines = alt.Chart().encode(
         x=alt.X(
             "ratio:Q", title="stored bytes / dense bytes", scale=alt.Scale(zero=False), axis=alt.Axis(format=".3f")
         ),
         y=alt.Y("ppl:Q", title="perplexity", scale=alt.Scale(type="log", nice=False)),
-        color=alt.Color("method:N", sort=methods, scale=alt.Scale(domain=methods, scheme="tableau20"), title=None),
+        color=alt.Color("method:N", sort=methods, scale=scale, title=None),
     )
     dashes = alt.Scale(domain=["ours", "published"], range=[[1, 0], [4, 3]])
     shapes = alt.Scale(domain=["ours", "published"], range=["circle", "cross"])
     layers = alt.layer(
         dense.mark_rule(color="#57606a").encode(y="dense:Q"),
-        lines.mark_line(strokeWidth=1.4).encode(strokeDash=alt.StrokeDash("kind:N", scale=dashes, title=None)),
+        lines.mark_line(strokeWidth=1.8).encode(strokeDash=alt.StrokeDash("kind:N", scale=dashes, title=None)),
         lines.mark_point(filled=True, size=36).encode(shape=alt.Shape("kind:N", scale=shapes, title=None)),
         data=alt.Data(values=points),
     ).properties(width=360, height=320)
