@@ -21,9 +21,6 @@ from mendlm.report.records import read_records
 
 pytestmark = pytest.mark.slow
 
-# Fewer iterations than by default: half of the time of this file is theirs.
-MENDING = TLR(rank=16, n_iter=20)
-
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -41,7 +38,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def mended(smollm2: Path) -> Path:
     out = smollm2.parent / "mended"
-    mendlm.compress(smollm2, out, Recipe(pattern=Unstructured(0.5), refiner=MENDING))
+    mendlm.compress(smollm2, out, Recipe(pattern=Unstructured(0.5), refiner=TLR(rank=16)))
     return out
 
 
@@ -55,7 +52,7 @@ def pruned(smollm2: Path) -> Path:
 def test_every_projection_is_compressed(mended: Path) -> None:
     records = read_records(mended)
     assert len(records) == 210
-    assert all(r.n_kept == math.prod(r.shape) // 2 and r.rank == 16 and r.n_iter == 20 for r in records)
+    assert all(r.n_kept == math.prod(r.shape) // 2 and r.rank == 16 and r.n_iter == 50 for r in records)
     assert all(0.05 < r.rel_error < 0.3 for r in records)
 
 
@@ -64,7 +61,7 @@ def test_stored_tensors_are_those_of_the_library(smollm2: Path, mended: Path) ->
     with safe_open(smollm2 / "model.safetensors", "pt") as dense:
         W = dense.get_tensor(f"{name}.weight")
     mask = select_mask(W, "magnitude", Unstructured(0.5))
-    expected = refine(W, mask, MENDING, generator=tensor_generator(0, f"{name}.weight"))
+    expected = refine(W, mask, TLR(rank=16), generator=tensor_generator(0, f"{name}.weight"))
     with safe_open(mended / "model.safetensors", "pt") as file:
         values, bits = file.get_tensor(f"{name}.weight_values"), file.get_tensor(f"{name}.weight_bitmask")
         A, B = file.get_tensor(f"{name}.lora_A"), file.get_tensor(f"{name}.lora_B")
@@ -91,8 +88,8 @@ def test_mending_repairs_what_pruning_broke(smollm2: Path, pruned: Path, mended:
         evaluate(folder, text=text, seqlen=1024, n_windows=1).ppl for folder in (smollm2, pruned, mended)
     )
     assert dense_ppl < mended_ppl < pruned_ppl
-    # In log perplexity at least a fifth of the damage is mended; measured 24.8 %, and 26.2 % with 50 iterations.
-    assert math.log(pruned_ppl / mended_ppl) > 0.2 * math.log(pruned_ppl / dense_ppl)
+    # In log perplexity at least a quarter of the damage is mended.
+    assert math.log(pruned_ppl / mended_ppl) > 0.25 * math.log(pruned_ppl / dense_ppl)
 
 
 def test_a_few_pages_of_text_are_worth_more_than_any_iteration(smollm2: Path, mended: Path) -> None:
@@ -119,7 +116,9 @@ def test_runtimes_agree_on_the_real_model(mended: Path) -> None:
 
 
 def test_the_dense_perplexity_is_the_published_one(smollm2: Path, wikitext: Path) -> None:
-    result = evaluate(smollm2, text=wikitext, seqlen=2048, n_windows=1)
-    assert result.n_tokens == 2047
+    result = evaluate(smollm2, text=wikitext, seqlen=2048, n_windows=2)
+    assert result.n_tokens == 2 * 2047
     # Float32 sums differ between machines in the sixth digit.
-    assert result.ppl == pytest.approx(15.1467, rel=1e-4)
+    assert math.exp(result.window_nll[0]) == pytest.approx(15.1467, rel=1e-4)
+    # Measured with the protocol of docs/evaluation.md; the first 8 windows give 19.134.
+    assert result.ppl == pytest.approx(18.8375, rel=2e-4)
