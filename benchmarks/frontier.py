@@ -17,6 +17,7 @@ row). Seconds are of the compression on one thread of a busy machine; on a GPU, 
 from __future__ import annotations
 
 import math
+from itertools import cycle
 from typing import Any
 
 from _cells import Cells, Key, calibration_text, replace_block, table
@@ -174,7 +175,7 @@ def draw(store: Cells) -> None:
     ]
     # Published methods in pale colours, ours in strong ones.
     colours = "9aa5b1 d6c08a a3c1ad d9a3c4 8fb3d1 d99f7d bcbcbc a9c46c b59ad1 6f8f8f c7786c 8d8a5a".split()
-    pale = iter(f"#{colour}" for colour in colours)
+    pale = cycle(f"#{colour}" for colour in colours)
     strong = {"fast": "#56B4E9", "balanced": "#009E73", "JointADMM": "#0072B2", "best": "#D55E00"}
     strong["HASSLE-free"] = "#1b1f24"  # the best of the published ones
     scale = alt.Scale(domain=methods, range=[strong.get(method) or next(pale) for method in methods])

@@ -394,11 +394,6 @@ def test_the_folder_at_the_root_is_the_packages() -> None:
 # The page.
 
 
-def section(title: str) -> str:
-    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    return re.split(rf"^##+ {re.escape(title)}$", page, flags=re.MULTILINE)[1].partition("\n#")[0]
-
-
 def test_a_criterion_by_tensor_name_is_a_criterion() -> None:
     text = {"source": "random-tokens"}
     mlp = [{"match": "*.mlp.*", "criterion": "sparsegpt"}]
@@ -417,6 +412,11 @@ def test_a_criterion_by_tensor_name_is_a_criterion() -> None:
     again = Recipe(criterion_options=options, calibration=text, overrides=back)
     assert again.criterion_for("layers.0.mlp.up_proj.weight") == Magnitude(ties="position")
     assert Recipe(**again.to_dict()) == again
+
+
+def section(title: str) -> str:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    return re.split(rf"^##+ {re.escape(title)}$", page, flags=re.MULTILINE)[1].partition("\n#")[0]
 
 
 def rows(title: str) -> list[str]:

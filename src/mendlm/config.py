@@ -354,8 +354,7 @@ class Recipe(BaseModel):
 
     def criterion_for(self, name: str) -> AbstractCriterion:
         """The criterion of the tensor `name`; one that damps a Gram matrix has the recipe's damping if it has none."""
-        found = (o.criterion for o in reversed(self._matching(name)) if o.criterion is not None)
-        return self._criterion_object(next(found, self.criterion))
+        return self._criterion_object(self._setting(name, "criterion"))
 
     def _criterion_object(self, criterion: str) -> AbstractCriterion:
         kind = CRITERIA[criterion]
@@ -380,7 +379,13 @@ class Recipe(BaseModel):
 
     def rank_for(self, name: str) -> int | str:
         """The rank of the tensor `name`, as it was written."""
-        return next((o.rank for o in reversed(self._matching(name)) if o.rank is not None), self.rank)
+        rank: int | str = self._setting(name, "rank")
+        return rank
+
+    def _setting(self, name: str, field: str) -> Any:
+        """A field for the tensor `name`: that of the last override that has it, else the recipe's."""
+        found = (getattr(override, field) for override in reversed(self._matching(name)))
+        return next((value for value in found if value is not None), getattr(self, field))
 
     def _matching(self, name: str) -> list[Override]:
         return [override for override in self.overrides if fnmatchcase(name, override.match)]

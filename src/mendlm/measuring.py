@@ -134,8 +134,8 @@ class ModelCurves:
 def fingerprint_of(checkpoint: Checkpoint, recipe: Recipe, rank_step: int, device: torch.device) -> dict[str, Any]:
     """Everything that the curves depend on but the patterns, from stat and headers: cheap."""
     settings = {name: value for name, value in recipe.to_dict().items() if name not in _WITHOUT_EFFECT}
-    if criteria := [(o.match, o.criterion) for o in recipe.overrides if o.criterion is not None]:
-        settings["criteria"] = [list(pair) for pair in criteria]
+    if criteria := [[o.match, o.criterion] for o in recipe.overrides if o.criterion is not None]:
+        settings["criteria"] = criteria
     text = Path(recipe.calibration.source) if recipe.calibration is not None else None
     stat = text.stat() if text is not None and text.is_file() else None
     return {
