@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,34 @@ def test_only_the_result_is_rounded(name: str, dtype: torch.dtype, generator: to
     assert bool(((out.double() - exact).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("mask", ["none", "bool", "added"])
+def test_attention_is_rounded_once(mask: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    q, k, v = (torch.randn(2, 3, 20, 16, generator=generator).to(dtype) for _ in range(3))
+    seen = torch.ones(20, 20, dtype=torch.bool).tril()
+    added = torch.zeros(20, 20, dtype=dtype).masked_fill(~seen, -torch.inf)
+    attn_mask = {"none": None, "bool": seen, "added": added}[mask]
+    leaves = q, k, v = [part.requires_grad_() for part in (q, k, v)]
+    with FloatProducts():
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+    wide = [part.detach().double().requires_grad_() for part in leaves]
+    scores = wide[0] @ wide[1].mT / 4
+    exact = torch.softmax(scores if mask == "none" else scores.masked_fill(~seen, -torch.inf), -1) @ wide[2]
+    assert out.dtype == dtype
+    # A score is a float32 sum of 16 products, `size` at most; an error in it is a relative one of a weight.
+    with torch.no_grad():
+        size = float((q.double().abs() @ k.double().abs().mT).max()) / 4
+        loss = 2 * (17 * size + 40) * torch.finfo(torch.float32).eps * float(v.abs().max())
+    bound = torch.finfo(dtype).eps / 2 * exact.abs() + loss
+    assert bool(((out.double() - exact).abs() <= bound).all())
+    g = torch.randn(out.shape, generator=generator).to(dtype)
+    for grad, right in zip(
+        torch.autograd.grad(out, leaves, g), torch.autograd.grad(exact, wide, g.double()), strict=True
+    ):
+        assert grad.dtype == dtype
+        assert float((grad.double() - right).norm() / right.norm()) < torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_other_dtypes_are_left_alone(dtype: torch.dtype, generator: torch.Generator) -> None:
     x, W, _ = operands(dtype, generator)
@@ -91,16 +120,24 @@ def test_what_the_machine_says_is_believed() -> None:
 
 
 def test_a_block_multiplies_that_way(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    widened, widen = [], products._widened
+    widened: list[Any] = []
+    widen = products._widened
     monkeypatch.setattr(products, "_has_instructions", lambda dtype: False)
-    monkeypatch.setattr(products, "_widened", lambda value: widened.append(1) or widen(value))
+
+    def noting(value: Any) -> Any:
+        widened.append(value)
+        return widen(value)
+
+    monkeypatch.setattr(products, "_widened", noting)
     ids = torch.arange(40).view(2, 20)
     model = BlockModel(open_checkpoint(tiny_llama), CPU, torch.bfloat16)
     hidden = model.embed(ids)
     for index in range(model.n_blocks):
         with model.loaded(index) as block, torch.no_grad():
             hidden = model.forward(index, block, hidden)
-    assert len(widened) == 2 * 7 * 3  # two blocks of seven projections: x, W and no bias
+    n_dims = [value.ndim for value in widened if isinstance(value, Tensor) and value.dtype == torch.bfloat16]
+    assert n_dims.count(2) == n_dims.count(3) == 2 * 7  # two blocks of seven projections: W and x
+    assert n_dims.count(4) >= 2 * 3  # and of one attention: queries, keys and values
     whole = load(tiny_llama, dtype=torch.bfloat16)
     with torch.no_grad(), eval_mode(whole):
         last = whole(ids, output_hidden_states=True).hidden_states[-1].float()

@@ -1,4 +1,4 @@
-"""Products of bfloat16 and float16 matrices on a CPU that has no instructions for them."""
+"""Products, and attention, of bfloat16 and float16 matrices on a CPU that has no instructions for them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 _PRODUCTS = {
     torch.nn.functional.linear,
+    torch.nn.functional.scaled_dot_product_attention,
     torch.addmm,
     torch.baddbmm,
     torch.bmm,
@@ -35,7 +36,8 @@ def quick_products(device: torch.device, dtype: torch.dtype) -> contextlib.Abstr
     Returns
     -------
     `FloatProducts` for half precision on a CPU without instructions for it, where torch multiplies element by element
-    (bfloat16: a seventh to a ninth of the speed of float32); a context that does nothing elsewhere.
+    (bfloat16: a seventh to a ninth of the speed of float32; gradients of attention: a sixth); a context that does
+    nothing elsewhere.
     """
     if device.type != "cpu" or dtype not in _HALF or _has_instructions(dtype):
         return contextlib.nullcontext()
@@ -46,7 +48,7 @@ class FloatProducts(TorchFunctionMode):
     """Multiplies matrices of half precision in float32, and rounds the product to their dtype.
 
     As the hardware that has such instructions does: entries are exact in float32, sums are in float32, and only the
-    result is rounded. Gradients pass through.
+    result is rounded. Gradients pass through. Attention is one product: what it multiplies is not rounded in between.
     """
 
     def __torch_function__(
@@ -55,7 +57,7 @@ class FloatProducts(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in _PRODUCTS or "out" in kwargs:
             return func(*args, **kwargs)
-        dtypes = {a.dtype for a in (*args, *kwargs.values()) if isinstance(a, Tensor)}
+        dtypes = {a.dtype for a in (*args, *kwargs.values()) if isinstance(a, Tensor)} - {torch.bool}
         if len(dtypes) != 1 or not dtypes <= set(_HALF):
             return func(*args, **kwargs)
         wide = func(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()})
@@ -63,7 +65,7 @@ class FloatProducts(TorchFunctionMode):
 
 
 def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) else value
+    return value.float() if isinstance(value, Tensor) and value.dtype != torch.bool else value
 
 
 def _has_instructions(dtype: torch.dtype) -> bool:
