@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import json
@@ -70,7 +71,8 @@ class Cells:
     ----------
     name : of both files.
     fields : names of the parts of a key.
-    flags_of : key -> flags; a cell whose flags have changed since counts as not measured.
+    flags_of : key -> flags; a cell whose flags have changed since counts as not measured. KeyError: there is no such
+        cell any more.
     """
 
     def __init__(self, name: str, fields: tuple[str, ...], flags_of: Callable[[Key], list[str] | None]) -> None:
@@ -82,8 +84,9 @@ class Cells:
         rows += [json.loads(line) for line in self._journal.read_text().splitlines()] if self._journal.exists() else []
         for row in rows:
             key = tuple(row[field] for field in fields)
-            if row["flags"] == shown(flags_of(key) or []):
-                self.done[key] = row
+            with contextlib.suppress(KeyError):
+                if row["flags"] == shown(flags_of(key) or []):
+                    self.done[key] = row
 
     def _results(self, device: str) -> Path:
         return ROOT / "benchmarks" / "results" / f"{self._name}-{device.partition(':')[0]}.json"
