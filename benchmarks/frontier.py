@@ -69,7 +69,8 @@ NO_DATA: dict[str, list[str]] = {
     "self: Wanda + accelerated, gram": [*SELF, "--criterion", "wanda", "--refiner", "accelerated-tlr"],
     "self: JointADMM": [*SELF, "--criterion", "magnitude", "--refiner", "joint-admm"],
     "self: best": [*SELF, "--preset", "best"],
-    "self, 64 windows: best": [*SELF, "--preset", "best"],  # own text costs time, and nothing else
+    # Text of its own costs time, and nothing else.
+    "self, 64 windows: best": [*SELF, "--n-sequences", "64", "--preset", "best"],
 }
 METHODS = PUBLISHED | OURS | NO_DATA
 WITHOUT_RANK = ("magnitude", "Wanda", "DSnoT", "SparseGPT")
@@ -86,14 +87,9 @@ def flags_of(key: Key) -> list[str] | None:
     if method not in WITHOUT_DATA:
         if "--calibration" not in flags:
             flags += ["--calibration", str(calibration_text()), "--windows", "leading"]
-        flags += [
-            "--n-sequences",
-            "64" if "64 windows" in method else "32",
-            "--seqlen",
-            "1024",
-            "--calibration-dtype",
-            "bfloat16",
-        ]
+        if "--n-sequences" not in flags:
+            flags += ["--n-sequences", "32"]
+        flags += ["--seqlen", "1024", "--calibration-dtype", "bfloat16"]
     if method == "OATS" and pattern.endswith("%"):
         flags += ["--scope", "row"]
     return flags if method in WITHOUT_RANK else [*flags, "--rank", rank]
@@ -129,9 +125,8 @@ def markdown(store: Cells) -> str:
         for method in [m for m in METHODS if any(key[0] == m for key in found)]:
             rows = {r: found[method, r] for r in ranks if (method, r) in found}
             last = rows.get("16") or next(iter(rows.values()))
-            name = "fast (magnitude + TLR)" if method == "fast" else method
             shown = [_cell(rows[r]["ppl"], least[r]) if r in rows else "" for r in ranks]
-            lines.append([name, *shown, f"{last['ppl'] / dense:.2f}", *_costs(last)])
+            lines.append([method, *shown, f"{last['ppl'] / dense:.2f}", *_costs(last)])
         parts.append(table(lines))
     return "\n\n".join(parts)
 
@@ -173,7 +168,6 @@ def draw(store: Cells) -> None:
 
     from mendlm.plotting import save
 
-    methods = [m for m in METHODS if m not in NO_DATA and any(key[0] == m for key in store.done)]
     points = [
         {
             "method": method,
@@ -183,8 +177,9 @@ def draw(store: Cells) -> None:
             "ppl": round(row["ppl"], 4),
         }
         for (method, pattern, _), row in store.done.items()
-        if method in methods and pattern in ("2:4", "50 %", "60 %", "70 %") and row["ppl"] <= DRAWN_PPL
+        if method in PUBLISHED | OURS and pattern in ("2:4", "50 %", "60 %", "70 %") and row["ppl"] <= DRAWN_PPL
     ]
+    methods = [m for m in METHODS if any(point["method"] == m for point in points)]
     # Published methods in pale colours, ours in strong ones.
     colours = "9aa5b1 d6c08a a3c1ad d9a3c4 8fb3d1 d99f7d bcbcbc a9c46c b59ad1 6f8f8f c7786c 8d8a5a".split()
     pale = cycle(f"#{colour}" for colour in colours)
