@@ -51,6 +51,8 @@ class _Splitting:
         self._WH = W @ metric.parts()[0]
         self._L, self._LH = torch.zeros_like(W), torch.zeros_like(W)
         self.D, self._U = W.clone(), torch.zeros_like(W)
+        # Fresh memory in every iteration would cost more than what is computed in it.
+        self._S, self._error, self._scratch = (torch.empty_like(W) for _ in range(3))
         self._rho = self._penalties[0]
         self.mask = problem.mask
 
@@ -59,9 +61,9 @@ class _Splitting:
         if t % self._hold == 0:
             self._raise_penalty(self._penalties[t // self._hold])
         rho = self._rho
-        target = (self._WH - self._LH).add_(self.D.sub_(self._U), alpha=rho)
+        target = torch.sub(self._WH, self._LH, out=self._scratch).add_(self.D.sub_(self._U), alpha=rho)
         S = self._solve(target)
-        error = self._W - S
+        error = torch.sub(self._W, S, out=self._error)
         image = torch.sub(self._WH, target, out=target).add_(S, alpha=rho)  # (W - S) H
         energy_frac = 0.0
         total = float(torch.mul(error, image).sum())
@@ -71,9 +73,9 @@ class _Splitting:
             torch.mm(fitted.left, fitted.weighted, out=self._LH)
             energy_frac = float(fitted.energy_frac)
         proposal = S.add_(self._U)
-        self.mask = mask_from_scores(proposal.square(), self._pattern)
-        self.D = proposal * self.mask
-        self._U = proposal.sub_(self.D)
+        self.mask = mask_from_scores(torch.square(proposal, out=self._scratch), self._pattern)
+        self.D.copy_(self.mask).mul_(proposal)  # a product of numbers with a mask takes five times as long
+        torch.sub(proposal, self.D, out=self._U)
         return Progress(self._rank, math.sqrt(max(total * (1 - energy_frac), 0.0)), energy_frac)
 
     def _raise_penalty(self, rho: float) -> None:
@@ -85,8 +87,9 @@ class _Splitting:
     def _solve(self, target: Tensor) -> Tensor:
         """``target @ (H + rho I)^-1``."""
         if self._forms_inverse:
-            return target @ self._inverse
-        return (target @ self._vectors).div_(self._values + self._rho) @ self._vectors.T
+            return torch.mm(target, self._inverse, out=self._S)
+        rotated = torch.mm(target, self._vectors, out=self._error).div_(self._values + self._rho)
+        return torch.mm(rotated, self._vectors.T, out=self._S)
 
 
 @dataclass

@@ -90,7 +90,7 @@ class OATS(AbstractRefiner):
             energy_frac = float(state.fitted.energy_frac)
         error = W - L
         state.mask = mask_from_scores(error.abs(), state.pattern)
-        state.S = error * state.mask
+        state.S.copy_(state.mask).mul_(error)
         return state, Progress(self.rank, float(torch.linalg.vector_norm(error - state.S)), energy_frac)
 
     def finish(self, problem: Problem, state: _State) -> tuple[Tensor, Tensor]:
