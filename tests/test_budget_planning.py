@@ -301,6 +301,8 @@ def plan_budget_again(model: Path, recipe: Recipe, budget: BudgetPlan) -> Budget
         ({"target_bytes": 0.6, "target_error": 0.1}, "got target_bytes, target_error"),
         ({"target_bytes": 0.0}, "target_bytes must be a positive number, got 0.0"),
         ({"target_rank_bytes": math.nan}, "target_rank_bytes must be a positive number, got nan"),
+        ({"target_bytes": 60}, "target_bytes must be below 1, got 60. It is a share of the dense bytes"),
+        ({"target_rank_bytes": 1.0}, "target_rank_bytes must be below 1, got 1.0"),
         ({"target_bytes": 0.1}, r"target_bytes 0\.1 cannot be met: .* allow is 0\.39"),
         ({"target_error": 0.001}, r"target_error 0\.001 cannot be met: the smallest error .* is 0\.\d+"),
         ({"target_bytes": 0.6, "objective": "best"}, "objective must be one of relative|absolute"),

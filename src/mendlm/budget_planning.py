@@ -49,7 +49,7 @@ class Target:
 
     Raises
     ------
-    UsageError : none or several, or a value that is not positive.
+    UsageError : none or several, a value that is not positive, or a share of the dense bytes that is not below 1.
     """
 
     bytes_ratio: float | None = None
@@ -65,6 +65,10 @@ class Target:
         # A rank budget of 0 is a plan without factors; an error of 0 has no allocation.
         if not (math.isfinite(value) and (value > 0 or (value == 0 and name == "target_rank_bytes"))):
             raise UsageError(f"{name} must be a positive number, got {value!r}.")
+        if name != "target_error" and value >= 1:
+            raise UsageError(
+                f"{name} must be below 1, got {value!r}. It is a share of the dense bytes: 0.6 means 60 % of them."
+            )
 
     def _given(self) -> dict[str, float]:
         fields = {
