@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mendlm.linalg import LeadingTriplets, Solver, Triplets, balance, make_solver
-from mendlm.masks import mask_from_scores
+from mendlm.masks import mask_from_scores, zero_
 from mendlm.metrics import MetricName
 from mendlm.patterns import Pattern
 from mendlm.refiners._base import AbstractRefiner, Problem, Progress, pattern_of
@@ -90,7 +90,7 @@ class OATS(AbstractRefiner):
             energy_frac = float(state.fitted.energy_frac)
         error = W - L
         state.mask = mask_from_scores(error.abs(), state.pattern)
-        state.S.copy_(state.mask).mul_(error)
+        zero_(state.S.copy_(error), state.mask, off=True)
         return state, Progress(self.rank, float(torch.linalg.vector_norm(error - state.S)), energy_frac)
 
     def finish(self, problem: Problem, state: _State) -> tuple[Tensor, Tensor]:
