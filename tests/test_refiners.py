@@ -77,6 +77,22 @@ def test_contract(refiner: AbstractRefiner, criterion: str, pattern: Pattern, dt
     assert torch.equal(out.A, again.A)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("criterion", sorted(CRITERIA))
+@pytest.mark.parametrize("refiner", every_refiner(4), ids=lambda r: r.name)
+def test_the_parameter_of_a_module_counts_as_its_values(
+    refiner: AbstractRefiner, criterion: str, pattern: Pattern
+) -> None:
+    W = planted(24, 40, dtype=torch.float32)
+    expected = refine(W, select_mask(W, criterion, pattern, inputs=stats_for(40)), refiner, pattern=pattern)
+    parameter = torch.nn.Parameter(W.clone())
+    out = refine(parameter, select_mask(parameter, criterion, pattern, inputs=stats_for(40)), refiner, pattern=pattern)
+    assert torch.equal(parameter.detach(), W)
+    for mine, theirs in zip((out.S, out.A, out.B), (expected.S, expected.A, expected.B), strict=True):
+        assert torch.equal(mine, theirs)
+        assert not mine.requires_grad
+
+
 @pytest.mark.parametrize("shape", [(20, 32), (32, 20), (24, 24)])
 @pytest.mark.parametrize(("k", "T"), [(1, 1), (4, 1), (1, 5), (6, 10), (20, 7)])
 def test_exact_tlr_is_algorithm_1(shape: tuple[int, int], k: int, T: int) -> None:

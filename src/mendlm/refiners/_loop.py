@@ -121,6 +121,7 @@ def refine(
        on the mask after B and A are rounded; before rounding it equals the paper's S when the last residual has rank k.
     """
     _validate(W, mask, refiner.rank)
+    W = W.detach()  # as `select` does
     compute = compute_dtype(W.dtype, dtype)
     if generator is None:
         generator = torch.Generator(device=W.device).manual_seed(0)
