@@ -170,12 +170,12 @@ def draw(store: Cells) -> None:
         {
             "method": method,
             "kind": "ours" if method in OURS else "published",
-            "panel": "unstructured" if pattern.endswith("%") else "n:m",
+            "panel": "unstructured" if pattern.endswith("%") else pattern,
             "ratio": round(row["ratio"], 5),
             "ppl": round(row["ppl"], 4),
         }
         for (method, pattern, _), row in store.done.items()
-        if method in PUBLISHED | OURS and pattern in ("2:4", "50 %", "60 %", "70 %") and row["ppl"] <= DRAWN_PPL
+        if method in PUBLISHED | OURS and row["ppl"] <= DRAWN_PPL
     ]
     methods = [m for m in METHODS if any(point["method"] == m for point in points)]
     # Published methods in pale colours, ours in strong ones.
@@ -199,7 +199,7 @@ def draw(store: Cells) -> None:
         lines.mark_line(strokeWidth=1.8).encode(strokeDash=alt.StrokeDash("kind:N", scale=dashes, title=None)),
         lines.mark_point(filled=True, size=36).encode(shape=alt.Shape("kind:N", scale=shapes, title=None)),
         data=alt.Data(values=points),
-    ).properties(width=360, height=320)
+    ).properties(width=260, height=320)
     save(layers.facet(column=alt.Column("panel:N", title=None)).to_dict(), PICTURE)
 
 
