@@ -91,7 +91,14 @@ def test_labels_stand_for_several_fields() -> None:
 
 def test_what_only_prunes_has_no_rank_and_comes_once() -> None:
     found = grid({"rank": 8}, axes={"refiner": ["none", "tlr"], "rank": [4, 8], "metric": ["plain"]})
-    assert names(found) == ["refiner=none", "refiner=tlr rank=4 metric=plain", "refiner=tlr rank=8 metric=plain"]
+    tlr = ["refiner=tlr rank=4 metric=plain", "refiner=tlr rank=8 metric=plain"]
+    assert names(found) == ["refiner=none metric=plain", *tlr]
+
+
+def test_what_only_prunes_has_a_metric() -> None:
+    found = grid({"calibration": CALIBRATION, "damping": 0.1}, axes={"refiner": ["none"], "metric": ["plain", "gram"]})
+    assert [point.recipe.metric for point in found.points] == ["plain", "gram"]  # with gram S is fitted
+    assert {point.recipe.damping for point in found.points} == {0.1}
 
 
 def test_points_and_exclusions() -> None:

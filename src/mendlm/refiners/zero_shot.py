@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mendlm.errors import UsageError
 from mendlm.linalg import FullSVD, balance, truncate_svd
 from mendlm.metrics import GramMetric, MetricName
 from mendlm.refiners._base import AbstractRefiner, OneStepRefiner, Problem, Progress
@@ -69,11 +70,23 @@ class PruneOnly(AbstractRefiner):
     """No low-rank part: ``S = mask * W``, or what the criterion made of it. The baseline of every refiner.
 
     In the Gram metric S is fitted: the best weights for the mask.
+
+    Parameters
+    ----------
+    rank : 0.
+
+    Raises
+    ------
+    UsageError : another rank.
     """
 
     name: ClassVar[str] = "none"
     calibrated_metric: ClassVar[MetricName] = "plain"
     rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank != 0:
+            raise UsageError(f"refiner 'none' has no low-rank part, got rank {self.rank!r}. Leave rank out.")
 
     @property
     def max_steps(self) -> int:

@@ -30,7 +30,7 @@ _WHOLE: dict[str, Callable[[Any], dict[str, Any]]] = {
     "layer_sparsity": lambda name: {},
 }
 _NESTED = (*_WHOLE, "criterion_options", "refiner_options")
-_OF_REFINING = ("rank", "n_iter", "solver", "refiner_options", "metric", "damping")  # nothing to refiner none
+_OF_LOW_RANK = ("rank", "n_iter", "solver", "refiner_options")  # nothing to refiner none
 
 Fields = dict[str, Any]
 Check = Callable[[Recipe], None]
@@ -243,8 +243,8 @@ class _Expansion:
             _set(fields, name, value)
         values = _values(combination)
         if fields.get("refiner") == PruneOnly.name:
-            fields = {name: value for name, value in fields.items() if name not in _OF_REFINING}
-            values = {name: value for name, value in values.items() if name.partition(".")[0] not in _OF_REFINING}
+            fields = {name: value for name, value in fields.items() if name not in _OF_LOW_RANK}
+            values = {name: value for name, value in values.items() if name.partition(".")[0] not in _OF_LOW_RANK}
         return Point(_name(values, combination), values, Recipe(**fields))
 
     def _blamed(self, combination: _Combination, err: UsageError) -> UsageError:
