@@ -215,15 +215,15 @@ class Recipe(BaseModel):
     calibration : a `Calibration`, or its source alone; None for data-free work.
     metric : what the refiner minimises: "plain" the error of the weights, "diagonal" with every input weighed by its
         root mean square, "gram" the error of the outputs on the calibration text; "auto" is "plain" without
-        calibration, and with it what suits the refiner: "gram" for TLR, "diagonal" for OATS, "plain" for the other
-        published baselines.
+        calibration, and with it what suits the refiner: "gram" for the TLR refiners, "joint-admm", "hassle-free" and
+        "eora", "diagonal" for "oats" and "slim-lora", "plain" for the others.
     damping : added to the diagonal of a Gram matrix, as a share of its mean.
     dead_columns : what to do with inputs that calibration never saw: "keep", "drop" or "error".
     layer_sparsity : "owl" or an `Owl`: sparsities by block, around that of an unstructured pattern.
     overrides : criterion, pattern, sparsity or rank by tensor name; the last match wins.
     skip_layers : blocks that stay dense; -1 is the last.
-    pattern : `Unstructured` or `NM`; also ``"2:4"``, ``{"n": 2, "m": 4}``, ``{"sparsity": 0.5, "scope": "row"}``.
-        Without a scope weights compete as in the criterion's paper.
+    pattern : `Unstructured`, `NM` or `Tiles`; also ``"2:4"``, ``{"n": 2, "m": 4}``,
+        ``{"sparsity": 0.5, "scope": "row"}``. Without a scope weights compete as in the criterion's paper.
     refiner : a name in `mendlm.refiners.REFINERS`, or a refiner object, whose fields then become the fields below.
     rank : of L, an int or a percentage of min(d_out, d_in) such as ``"5%"`` (rounded down, at least 1). Default 5 %, or
         the rank of the refiner object.

@@ -67,6 +67,11 @@ class NM:
 
     Wanda, SparseGPT and llm-compressor count the removed ones instead; at 2:4 and 4:8 the two agree.
 
+    Parameters
+    ----------
+    n : entries kept of a group.
+    m : entries of a group; d_in must be a multiple of it.
+
     Raises
     ------
     UsageError : not 0 <= n < m.

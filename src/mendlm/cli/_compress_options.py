@@ -155,7 +155,7 @@ MatchBlocksOption = Annotated[
     typer.Option(
         "--match-blocks",
         metavar="N",
-        help="Tune what is stored of each block for N steps until its outputs match the dense block's; needs "
+        help="Tune what is stored of each block, in at most N steps, to give the dense block's outputs; needs "
         "--calibration. Default: 0.",
         rich_help_panel=_HOW,
     ),

@@ -40,8 +40,8 @@ N_THREADS = 1  # of the CPU, for each tensor
 
 Task = tuple[PlannedTensor, ...]
 
-# On CUDA matrices of one shape are refined together, as a launch costs more than what it computes: 11 times faster for
-# 576 x 1536, 1.8 for 2048 x 2048, less for larger ones (docs/scaling.md). On a CPU it is slower than one after the
+# On CUDA matrices of one shape are refined together, as a launch costs more than what it computes: 11.6 times faster
+# for 576 x 1536, 2.2 for 2048 x 2048, less for larger ones (docs/scaling.md). On a CPU it is slower than one after the
 # other. Entries of a matrix and of a task, at most.
 STACKED_ENTRIES, TASK_ENTRIES = 2**22, 2**25
 

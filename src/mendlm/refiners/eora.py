@@ -27,6 +27,10 @@ class EoRA(OneStepRefiner):
     ----------
     rank : k, 0 <= k <= min(d_out, d_in); 0 is plain pruning.
 
+    Raises
+    ------
+    UsageError : when it is applied, a metric other than the Gram metric.
+
     Notes
     -----
     One symmetric eigendecomposition of G, once for all weights with the same inputs (float64, some 9 d_in^3 flops), and

@@ -1,7 +1,8 @@
 """Reports: records of what was done, and what is made of them.
 
 The package can be called: ``mendlm.report("out", "report.html")`` is `mendlm.report.report`, whichever of the package
-and the function of the same name Python has put under ``mendlm.report``.
+and the function of the same name Python has put under ``mendlm.report``. Parameters, result and errors are that
+function's: ``help(mendlm.report.report)``.
 """
 
 from __future__ import annotations
