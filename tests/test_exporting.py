@@ -313,6 +313,58 @@ def test_experts_cannot_go_to_peft(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16)
+DEEPSEEK = dict(
+    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, num_key_value_heads=4
+) | dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1, topk_group=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "shared", "n_parameters"),
+    [
+        ("Qwen2MoeForCausalLM", MOE | dict(shared_expert_intermediate_size=32), "*.shared_expert.*", 6),
+        ("Qwen3MoeForCausalLM", MOE | dict(mlp_only_layers=[0]), "*.layers.0.mlp.*", 3),
+        ("DeepseekV3ForCausalLM", DEEPSEEK | dict(first_k_dense_replace=1), "*.mlp.shared_experts.*", 3),
+        ("BeamForCausalLM", dict(head_dim=16), "*.gate_proj.weight", 4),  # of attention too, in a model without experts
+    ],
+)
+def test_layers_that_peft_takes_for_experts(
+    kind: str, fields: dict[str, Any], shared: str, n_parameters: int, tmp_path: Path
+) -> None:
+    """They are adapted by their parameter; as modules PEFT would adapt the experts instead, and leave S alone."""
+    from transformers import AutoModelForCausalLM
+
+    tiny_model(kind, **fields).save_pretrained(tmp_path / "model")
+    attention = "*.self_attn.o_proj.weight"
+    recipe = Recipe(
+        pattern=NM(2, 4),
+        refiner=TLR(rank=2, n_iter=4),
+        include=(shared, attention),
+        overrides=[{"match": attention, "rank": 3}],
+    )
+    mendlm.compress(tmp_path / "model", tmp_path / "packed", recipe)
+    mendlm.export(tmp_path / "packed", tmp_path / "peft", "peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert len(config["target_modules"]) == 2
+    assert len(config["target_parameters"]) == n_parameters
+    assert set(config["rank_pattern"]) == set(config["target_parameters"])
+    expected = logits(mendlm.load(tmp_path / "packed", runtime="factored"))
+    assert_close(logits(load_with_peft(tmp_path / "peft")), expected)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "peft" / "base")
+    assert float((logits(base) - expected).abs().max()) > 1e-3 * float(expected.abs().max())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base.load_adapter(str(tmp_path / "peft"))
+    assert_close(logits(base), expected)
+
+
+def test_peft_names_modules_only_where_it_takes_none_for_experts(packed: Path, tmp_path: Path) -> None:
+    mendlm.export(packed, tmp_path / "peft", "peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert "target_parameters" not in config
+    assert any(target.endswith(".gate_proj") for target in config["target_modules"])
+
+
 def test_a_failing_write_leaves_nothing(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mendlm.exporting.dense import Dense
 

@@ -2,12 +2,16 @@
 
 PEFT computes ``W x + (lora_alpha / r) B A x``, so alpha = r everywhere. Where ranks differ, `rank_pattern` and
 `alpha_pattern` must hold the same numbers: with the first alone PEFT scales by another factor, without a word.
+
+In some mixtures of experts PEFT takes every target module with the name of an expert's projection for the experts, as
+transformers 4 had them, and adapts those instead. Such layers, of a dense MLP or a shared expert, are named as
+`target_parameters`, which PEFT leaves as they are.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +23,11 @@ from mendlm.families import split_expert
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+# `_MOE_TARGET_MODULE_MAPPING` of peft 0.21, by the architecture that a model's tensors are converted like.
+_TAKEN_FOR_EXPERTS = {
+    "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
+    "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
+}
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of vLLM's max_lora_rank
 
 
@@ -44,6 +53,7 @@ class Peft(Layout):
         self._base_name = base_name or f"{dest.rstrip('/')}/{BASE}"
         self._uniform: int | None = None
         self._places: Mapping[str, str] = {}
+        self._taken: Collection[str] = ()
 
     def check(self, source: Source) -> None:
         """Experts have no module of their own in transformers 5, so no adapter either; nor has a model without factors.
@@ -63,6 +73,7 @@ class Peft(Layout):
             raise UsageError("the folder has rank 0 everywhere, so there is no adapter to write. Export --to dense.")
         self._uniform = _uniform_rank(self._wanted, source.max_rank)
         self._places = _places(source)
+        self._taken = _taken_for_experts(source.config)
 
     def stored(self, layer: Layer, file: str) -> Sequence[Stored]:
         """S in the base, the factors in the adapter; a layer of rank 0 has none."""
@@ -113,10 +124,17 @@ vLLM reads one rank for all layers: export with `--uniform-rank auto`, then serv
     def _rank(self, layer: Layer) -> int:
         return self._uniform or layer.packed.rank
 
+    def _target(self, place: str) -> str:
+        """What PEFT is told to adapt: the module, or its weight where it would take the module for an expert's."""
+        return f"{place}.weight" if place.rpartition(".")[2] in self._taken else place
+
     def _adapter_config(self, source: Source) -> dict[str, Any]:
         layers = [layer for layer in source.layers if layer.packed.rank]
         r = self._uniform or source.max_rank
-        pattern = {self._places[layer.path]: self._rank(layer) for layer in layers if self._rank(layer) != r}
+        targets = {layer.path: self._target(self._places[layer.path]) for layer in layers}
+        pattern = {targets[layer.path]: self._rank(layer) for layer in layers if self._rank(layer) != r}
+        modules = [place for place in targets.values() if not place.endswith(".weight")]
+        parameters = [weight for weight in targets.values() if weight.endswith(".weight")]
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -125,7 +143,8 @@ vLLM reads one rank for all layers: export with `--uniform-rank auto`, then serv
             "lora_alpha": r,
             "rank_pattern": pattern,
             "alpha_pattern": pattern,
-            "target_modules": [self._places[layer.path] for layer in layers],
+            "target_modules": modules,
+            **({"target_parameters": parameters} if parameters else {}),
             "fan_in_fan_out": any(layer.transposed for layer in layers),
             "lora_dropout": 0.0,
             "bias": "none",
@@ -149,6 +168,15 @@ def _uniform_rank(wanted: int | str | None, max_rank: int) -> int | None:
             f"uniform_rank is {wanted!r}; it must be 'auto' or a whole number from the largest rank, {max_rank}, on."
         )
     return wanted
+
+
+def _taken_for_experts(config: Mapping[str, Any]) -> Collection[str]:
+    """Last words of the modules that PEFT takes for experts' in a model of this config, or of one that it holds."""
+    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as CONVERTED_LIKE
+
+    inner = [value for value in config.values() if isinstance(value, dict)]
+    kinds = [str(held.get("model_type")) for held in (config, *inner)]
+    return {word for kind in kinds for word in _TAKEN_FOR_EXPERTS.get(CONVERTED_LIKE.get(kind, kind), ())}
 
 
 def _places(source: Source) -> Mapping[str, str]:
