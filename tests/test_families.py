@@ -107,6 +107,23 @@ def test_split_block(name: str, parts: tuple[str, int, str] | None) -> None:
     assert block_of(name, "unheard-of") == (None if parts is None else parts[1])
 
 
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [
+        ("model.layers.0.mlp.experts.3.up_proj", ("model.layers.0.mlp.experts", 3, "up_proj")),
+        ("layers.0.block_sparse_moe.experts.11.w2", ("layers.0.block_sparse_moe.experts", 11, "w2")),
+        ("experts.0.gate_up_proj", ("experts", 0, "gate_up_proj")),
+        ("model.layers.0.mlps.1.down_proj", None),  # LongCat-Flash: two dense MLPs in a block
+        ("model.layers.0.mlp.shared_experts.0.down_proj", None),
+        ("model.layers.0.mlp.shared_experts.down_proj", None),
+        ("model.layers.0.down_proj", None),
+        ("model.layers.0.mlp.experts.3.fc1", None),
+    ],
+)
+def test_split_expert(path: str, parts: tuple[str, int, str] | None) -> None:
+    assert split_expert(path) == parts
+
+
 def test_names_of_other_lists_are_in_no_block_of_a_known_family() -> None:
     assert block_of("transformer.h.3.ln_1.weight", "gpt2") == 3
     assert block_of("transformer.h.3.ln_1.weight", "llama") is None

@@ -114,7 +114,8 @@ FAMILIES: dict[str, Family] = {
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|embed_positions|embed_in|word_embeddings|wte|wpe)\.weight$")
 _BLOCK_LISTS = "|".join(sorted({family.blocks for family in FAMILIES.values()}))
 _IN_BLOCK = re.compile(rf"((?:.*?\.)?(?:{_BLOCK_LISTS}))\.(\d+)\.(.+)", re.DOTALL)
-_EXPERT = re.compile(rf"(.+)\.(\d+)\.({'|'.join(sorted({n for lay in EXPERT_LAYOUTS for n in lay.names}))})")
+_EXPERT_NAMES = "|".join(sorted({name for layout in EXPERT_LAYOUTS for name in layout.names}))
+_EXPERT = re.compile(rf"((?:.+\.)?experts)\.(\d+)\.({_EXPERT_NAMES})")
 
 
 def split_block(name: str) -> tuple[str, int, str] | None:
