@@ -400,6 +400,26 @@ def test_a_saved_model_can_be_exported(packed: Path, tmp_path: Path) -> None:
     assert "## Recipe" not in (tmp_path / "dense" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("to", ["dense", "peft", "safetensors-factored"])
+def test_shards_that_are_left_without_tensors(packed: Path, tmp_path: Path, to: str) -> None:
+    """`save_pretrained` may put a bitmask or a factor into a file of its own, of which the export keeps nothing."""
+    from transformers import AutoModelForCausalLM
+
+    mendlm.load(packed, runtime="packed").save_pretrained(tmp_path / "saved", max_shard_size="2KB")
+    mendlm.export(tmp_path / "saved", tmp_path / "out", to)
+    checkpoint = tmp_path / "out" / ("base" if to == "peft" else "")
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
+    written = {path.name for path in checkpoint.glob("model*.safetensors")}
+    assert set(index.values()) == written
+    assert written < {path.name for path in (tmp_path / "saved").glob("model*.safetensors")}
+    assert index.keys() == tensors(checkpoint).keys()
+    expected = logits(mendlm.load(packed))
+    if to == "dense":
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(checkpoint)), expected)
+    elif to == "peft":
+        assert_close(logits(load_with_peft(tmp_path / "out")), expected)
+
+
 def test_the_fine_tuning_example(packed: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")

@@ -306,7 +306,9 @@ def _finish(
     write_file(base / CONFIG_FILE, to_json(layout.config(source)))
     if checkpoint.index is not None:
         prefix = f"{layout.base}/" if layout.base else ""
-        inner = [_renamed(shards[prefix + shard.name], shard.name) for shard in checkpoint.shards]
+        # A shard that held nothing but a bitmask, say, is not there any more.
+        kept = [shard.name for shard in checkpoint.shards if prefix + shard.name in shards]
+        inner = [_renamed(shards[prefix + name], name) for name in kept]
         write_file(base / INDEX_FILE, to_json(make_index(checkpoint, inner)))
     for name, content in layout.files(source).items():
         write_file(folder / name, content)
