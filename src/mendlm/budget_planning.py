@@ -22,6 +22,7 @@ from mendlm.devices import resolve_device
 from mendlm.errors import UsageError
 from mendlm.families import split_block
 from mendlm.measuring import ModelCurves, Patterns, Tell, fingerprint_of, measure_curves
+from mendlm.paths import local_path
 from mendlm.patterns import Adjustable, Pattern
 from mendlm.pipeline import open_model
 from mendlm.planning import CompressionPlan, make_plan
@@ -260,7 +261,7 @@ def plan_budget(
     base = make_plan(checkpoint, recipe)
     patterns = _patterns(base, target, sparsities)
     fingerprint = fingerprint_of(checkpoint, recipe, rank_step, where)
-    file = None if curves is None else Path(curves)
+    file = None if curves is None else local_path(curves)
     if file is not None and file.exists():
         measured = ModelCurves.load(file)
         measured.check(file, fingerprint, patterns)

@@ -21,6 +21,7 @@ from mendlm._quiet import quiet_transformers
 from mendlm.devices import DTYPES
 from mendlm.errors import CheckpointError, NonFiniteError, StorageError, UsageError
 from mendlm.names import lookup
+from mendlm.paths import local_path
 
 # What transformers raises on a GGUF it cannot take: it has no error class of its own for that.
 _LOAD_ERRORS = (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OSError, ImportError)
@@ -95,7 +96,7 @@ def import_gguf(
     architectures that can only be checked against the model in memory. Every tensor is dequantized twice.
     """
     start = time.perf_counter()
-    source, dest = Path(gguf_file), Path(dest)
+    source, dest = local_path(gguf_file), local_path(dest)
     name = str(dtype or "float32").removeprefix("torch.")
     storage = lookup(DTYPES, name, "dtype")
     file = GGUFFile.open(source)

@@ -27,6 +27,7 @@ from mendlm.execution.tensor import tensor_generator
 from mendlm.inputs import InputStats, treat_dead_columns
 from mendlm.linalg import compute_dtype
 from mendlm.metrics import make_metric
+from mendlm.paths import local_path
 from mendlm.patterns import Pattern, n_kept_total
 from mendlm.pipeline import prepare_calibration, stat_inputs
 from mendlm.planning import CompressionPlan
@@ -136,7 +137,7 @@ def fingerprint_of(checkpoint: Checkpoint, recipe: Recipe, rank_step: int, devic
     settings = {name: value for name, value in recipe.to_dict().items() if name not in _WITHOUT_EFFECT}
     if criteria := [[o.match, o.criterion] for o in recipe.overrides if o.criterion is not None]:
         settings["criteria"] = criteria
-    text = Path(recipe.calibration.source) if recipe.calibration is not None else None
+    text = local_path(recipe.calibration.source) if recipe.calibration is not None else None
     stat = text.stat() if text is not None and text.is_file() else None
     return {
         "mendlm_version": mendlm.__version__,

@@ -45,6 +45,7 @@ from mendlm.execution.run import Run
 from mendlm.execution.run import TensorDone as TensorDone
 from mendlm.execution.run import TensorStarted as TensorStarted
 from mendlm.execution.tensors import TensorRun
+from mendlm.paths import local_path
 from mendlm.planning import CompressionPlan as CompressionPlan
 from mendlm.planning import make_plan
 from mendlm.report.records import MANIFEST_FILE, RUN_FILE, Manifest, TensorRecord, Totals, read_manifest
@@ -226,7 +227,7 @@ def prepare_calibration(
         )
     from mendlm.calibration.prepare import prepare
 
-    folder = None if activation_dir is None else Path(activation_dir).expanduser()
+    folder = None if activation_dir is None else local_path(activation_dir)
     return prepare(checkpoint, planned, device, folder)
 
 

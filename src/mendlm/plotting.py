@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mendlm.checkpoints.writer import storage_errors
 from mendlm.errors import MissingDependencyError, UsageError
 from mendlm.families import place_of, short_names
+from mendlm.paths import local_path
 
 if TYPE_CHECKING:
     from mendlm.budget_planning import BudgetPlan, PlannedBudget
@@ -267,6 +268,7 @@ def save(spec: Spec, path: Path) -> None:
     StorageError : the file cannot be written.
     """
     check_plot(path)
+    path = local_path(path)
     convert, kind = vl_convert(), path.suffix.lower()
     options = {"vl_spec": spec, "config": theme() | {"background": LIGHT["paper"]}}
     if kind == ".svg":

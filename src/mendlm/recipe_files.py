@@ -18,6 +18,7 @@ import yaml
 from mendlm.config import Recipe
 from mendlm.errors import UsageError
 from mendlm.names import lookup
+from mendlm.paths import local_path
 from mendlm.recipe_errors import FieldPath, RecipeError, field_name
 from mendlm.refiners import PruneOnly
 
@@ -41,8 +42,9 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     UsageError : neither a file nor a built-in name, or a bad file.
     """
     # Not Path.is_file: a pipe such as /dev/stdin is a file to us; and os.path copes with names no system allows.
-    if os.path.exists(name_or_path) and not os.path.isdir(name_or_path):
-        return Recipe.from_file(name_or_path)
+    file = local_path(name_or_path)
+    if os.path.exists(file) and not os.path.isdir(file):
+        return Recipe.from_file(file)
     name, table = str(name_or_path), builtin_recipes()
     if name in table:
         return Recipe.from_file(table[name])
@@ -138,7 +140,7 @@ def read_fields(path: str | Path) -> tuple[dict[str, Any], Lines]:
     ------
     UsageError : the file is missing, is not valid YAML or JSON, is no mapping, or holds a repeated field.
     """
-    path = Path(path)
+    path = local_path(path)
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_RECIPE_BYTES + 1)

@@ -45,6 +45,7 @@ from mendlm.errors import CheckpointError, MendError, UsageError
 from mendlm.linalg import all_finite, compute_dtype
 from mendlm.metrics import ratio
 from mendlm.packing import check_packed, scatter, unpack_mask
+from mendlm.paths import local_path
 from mendlm.patterns import Adjustable, Pattern, n_kept_total
 from mendlm.report.records import EXPORT_FILE, MANIFEST_FILE, RUN_FILE, Manifest, TensorRecord, read_manifest
 
@@ -151,9 +152,9 @@ def verify(out: str | Path, original: str | Path | None = None, *, progress: Pro
     elsewhere.
     """
     started = time.monotonic()
-    folder = Path(out).expanduser()
+    folder = local_path(out)
     _refuse(folder, str(out))
-    dense = None if original is None else open_checkpoint(Path(original).expanduser())
+    dense = None if original is None else open_checkpoint(local_path(original))
     work = _Work(folder, progress)
     manifest = work.read_manifest()
     shards = work.open_shards()

@@ -18,6 +18,7 @@ from mendlm.checkpoints.reader import read_json_object
 from mendlm.errors import CheckpointError, UsageError
 from mendlm.evaluation.text import DatasetSource, join_rows, load_tokenizer, open_dataset, read_text, tokenize
 from mendlm.names import lookup
+from mendlm.paths import local_path
 
 if TYPE_CHECKING:
     from mendlm.config import Calibration
@@ -190,7 +191,7 @@ def _text_windows(folder: Path, calibration: Calibration, seqlen: int, seed: int
 
 def _check_source(source: str) -> None:
     """Refuse what is neither a name nor a path, before anything is loaded."""
-    if source in DATASETS or Path(source).exists():
+    if source in DATASETS or local_path(source).exists():
         return
     try:
         lookup(dict.fromkeys(SOURCES), source, "calibration source")

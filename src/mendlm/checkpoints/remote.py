@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from mendlm.checkpoints.staging import has_partial, is_filled
 from mendlm.checkpoints.writer import storage_errors
 from mendlm.errors import CheckpointError, MissingDependencyError, StorageError, UsageError
+from mendlm.paths import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def open_place(place: str | Path) -> Path:
     MissingDependencyError : universal_pathlib, or the file system's own package (s3fs, gcsfs), is not installed.
     """
     if not is_url(place):
-        return Path(place).expanduser()
+        return local_path(place)
     try:
         from upath import UPath
     except ImportError as err:
@@ -79,7 +80,7 @@ def staging_target(url: str) -> Path:
     """The folder on this machine in which what goes to `url` is made: in MENDLM_STAGING, else in the user's cache."""
     base = os.environ.get("MENDLM_STAGING")
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = Path(base).expanduser() if base else Path(cache) / "mendlm" / "staging"
+    root = local_path(base) if base else Path(cache) / "mendlm" / "staging"
     digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
     return root / f"{digest}-{re.sub('[^A-Za-z0-9._-]', '_', url.rstrip('/').rpartition('/')[2])}"
 

@@ -19,6 +19,7 @@ from typing import Any
 from mendlm.checkpoints.journal import Journal
 from mendlm.checkpoints.writer import open_new, storage_errors
 from mendlm.errors import StorageError, UsageError
+from mendlm.paths import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def check_target(out: str | Path, model: Path) -> Path:
     ------
     UsageError : OUT is a file, is MODEL, lies in it or holds it, or holds the current folder.
     """
-    target, source = Path(os.path.realpath(out)), _local(model)
+    target, source = Path(os.path.realpath(local_path(out))), _local(model)
     if target.exists() and not target.is_dir():
         raise UsageError(f"OUT {str(out)!r} is a file. Give the name of a folder.")
     if source is not None and target.is_relative_to(source):
@@ -57,7 +58,7 @@ def check_target(out: str | Path, model: Path) -> Path:
     for path, what in (
         (source, "MODEL"),
         (Path.cwd(), "the current folder"),
-        (Path(os.path.expanduser("~")), "the home folder"),
+        (local_path("~"), "the home folder"),
     ):
         if path is not None and path.is_relative_to(target):
             raise UsageError(f"OUT {str(out)!r} holds {what}, which replacing it would remove. Choose a new folder.")

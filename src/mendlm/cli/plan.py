@@ -24,6 +24,7 @@ from mendlm.cli._options import DeviceOption, JsonOption, TracebackOption
 from mendlm.cli._progress import counted, progress_view
 from mendlm.cli.compress import recipe_of
 from mendlm.errors import UsageError
+from mendlm.paths import local_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -173,6 +174,7 @@ def plan(
         from mendlm.plotting import check_plot, plot_budget
 
         if output is not None:
+            output = local_path(output)
             _check_output(output, overwrite)
         if plot is not None:
             check_plot(plot)

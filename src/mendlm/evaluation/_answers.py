@@ -12,6 +12,7 @@ from typing import Any
 
 from mendlm.checkpoints.finish import hash_files
 from mendlm.errors import CheckpointError, StorageError, UsageError
+from mendlm.paths import local_path
 
 
 def key_of(kind: str, args: Any) -> str:
@@ -45,13 +46,14 @@ class AnswerStore:
         cls, cache: str | Path, folder: str, how: Mapping[str, Any], versions: Mapping[str, str]
     ) -> Iterator[AnswerStore]:
         """The store for these weights, computed in this way; closed at the end."""
-        if Path(cache).exists() and not Path(cache).is_dir():
+        cache = local_path(cache)
+        if cache.exists() and not cache.is_dir():
             raise UsageError(
                 f"the cache {str(cache)!r} is no folder. Give a folder, which is made if it does not exist."
             )
         about = {"files": _hashes(folder), "how": dict(how), "versions": dict(versions)}
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-        store = cls(Path(cache) / f"{Path(folder).resolve().name}-{digest}.sqlite", about)
+        store = cls(cache / f"{Path(folder).resolve().name}-{digest}.sqlite", about)
         try:
             yield store
         finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mendlm.errors import UsageError
+from mendlm.paths import local_path
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def read_evaluations(files: Iterable[str | Path]) -> tuple[Evaluation, ...]:
     found: list[Evaluation] = []
     for file in files:
         try:
-            parsed = json.loads(Path(file).read_text(encoding="utf-8"))
+            parsed = json.loads(local_path(file).read_text(encoding="utf-8"))
             rows = [evaluation_of(row) for row in _results(parsed)]
         except OSError as err:
             raise UsageError(f"cannot read {str(file)!r}: {err.strerror or err}.") from err

@@ -21,6 +21,7 @@ from mendlm.evaluation._answers import AnswerStore
 from mendlm.evaluation._logits import device_of
 from mendlm.evaluation.text import hub_reachable, load_tokenizer, quiet_datasets
 from mendlm.loading import is_compressed
+from mendlm.paths import local_path
 from mendlm.runtime import SparseLowRankLinear, resolve_runtime
 
 DEFAULT_BATCH_SIZE = 8
@@ -227,7 +228,8 @@ def _find_tasks(tasks: Sequence[str], task_path: str | Path | None) -> tuple[Any
     if not wanted:
         raise UsageError("no task was given. Try --tasks arc_challenge, or lm_eval ls tasks for the list.")
     if task_path is not None:
-        if not Path(task_path).is_dir():
+        task_path = local_path(task_path)
+        if not task_path.is_dir():
             raise UsageError(
                 f"the task path {str(task_path)!r} is no folder. Give the folder that holds the task files."
             )

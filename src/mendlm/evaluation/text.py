@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from mendlm._quiet import quiet_transformers
 from mendlm.errors import CheckpointError, MendError, MissingDependencyError, UsageError
 from mendlm.names import lookup
+from mendlm.paths import local_path
 
 R = TypeVar("R", bound=Sequence[str])
 
@@ -64,7 +65,7 @@ def read_text(path: str | Path) -> list[str]:
     -----
     The whole file is held in memory, about once for text and twice for parquet.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.exists():
         raise UsageError(f"no such file: {str(path)!r}. Give the path of a .txt, .jsonl or .parquet file.")
     if path.is_dir():

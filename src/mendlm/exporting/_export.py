@@ -27,6 +27,7 @@ from mendlm.exporting.semi_structured import SemiStructured
 from mendlm.families import STACKED_LAYOUT, split_expert
 from mendlm.linalg import all_finite
 from mendlm.names import lookup
+from mendlm.paths import local_path
 from mendlm.pipeline import stat_inputs
 from mendlm.report.records import EXPORT_FILE, MANIFEST_FILE, read_manifest
 
@@ -116,11 +117,12 @@ def export(
     is left behind.
     """
     started = time.monotonic()
+    dest = local_path(dest)
     lookup(LAYOUTS, to, "layout")
     if to != Peft.name and (uniform_rank is not None or base_name is not None):
         raise UsageError(f"uniform_rank and base_name are for the layout 'peft', not {to!r}. Leave them out.")
     layout = Peft(uniform_rank=uniform_rank, base_name=base_name, dest=str(dest)) if to == Peft.name else LAYOUTS[to]()
-    opened = _open(Path(folder).expanduser())
+    opened = _open(local_path(folder))
     checkpoint = opened.checkpoint
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     layers = [Layer.of(name, packed, checkpoint.model_type) for name, packed in sorted(opened.packed.items())]
@@ -141,7 +143,7 @@ def export(
         _write(staging, jobs, shards, len(layers), progress)
         output_bytes = sum(shard.data_bytes for shard in shards.values())
         result = ExportResult(
-            path=Path(dest),
+            path=dest,
             layout=to,
             n_layers=len(layers),
             dense_bytes=_dense_bytes(opened),

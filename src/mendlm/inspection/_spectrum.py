@@ -16,6 +16,7 @@ from mendlm.checkpoints.header import FLOATING, torch_name
 from mendlm.errors import MendError, NonFiniteError, UsageError, located
 from mendlm.linalg import compute_dtype
 from mendlm.packing import unpack
+from mendlm.paths import local_path
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def tensor_spectrum(path: str | Path, name: str) -> Spectrum:
     One or two SVDs (values only) of a (d_out, d_in) matrix: O(d_out * d_in * min(d_out, d_in)) flops, about three dense
     copies of the weight in float32. The spectrum of B @ A costs O((d_out + d_in) * rank^2).
     """
-    folder = open_folder(Path(path))
+    folder = open_folder(local_path(path))
     names = [*folder.packed, *folder.copied]
     full = name if name in names else f"{name}.weight"
     if full not in names:

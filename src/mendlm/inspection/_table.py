@@ -12,6 +12,7 @@ from mendlm.budgets import factor_params, sparsity_of
 from mendlm.checkpoints.folder import Packed, Part, open_folder
 from mendlm.checkpoints.header import tensor_bytes, torch_name
 from mendlm.checkpoints.plan import natural_key
+from mendlm.paths import local_path
 from mendlm.report.records import MANIFEST_FILE, TensorRecord, Totals, read_manifest, summarize
 
 
@@ -96,7 +97,7 @@ def inspect(path: str | Path) -> Inspection:
     Reads config.json, the index, the headers and `mendlm.json` if there is one: time and memory grow with the number of
     tensors, not with their size.
     """
-    path = Path(path)
+    path = local_path(path)
     folder = open_folder(path)
     has_records = folder.layout == "packed" and (path / MANIFEST_FILE).is_file()
     manifest = read_manifest(path) if has_records else None

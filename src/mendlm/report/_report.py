@@ -13,6 +13,7 @@ from mendlm import plotting
 from mendlm.checkpoints.writer import storage_errors, write_file
 from mendlm.errors import StorageError, UsageError
 from mendlm.evaluation.printed import Evaluation, evaluation_of, read_evaluations
+from mendlm.paths import local_path
 from mendlm.report._figures import Figure, Point
 from mendlm.report._page import Content, render
 from mendlm.report._runs import Run, read_runs, same_model
@@ -100,18 +101,18 @@ def report(
     Memory is that of refining one weight.
     """
     started = time.monotonic()
-    dest = Path(dest)
+    dest = local_path(dest)
     _check_output(dest, overwrite)
     if n_windows is not None and text is None:
         raise UsageError("n_windows says how much of a text is measured, and no text was given. Give one.")
     plotting.check_plot(Path("chart.svg"))
-    paths = [Path(outs)] if isinstance(outs, str | Path) else [Path(out) for out in outs]
+    paths = [local_path(out) for out in ([outs] if isinstance(outs, str | Path) else outs)]
     if not paths:
         raise UsageError("there is nothing to report on. Give a folder that mendlm compress wrote.")
     sweeps = tuple(record for path in paths if _is_sweep(path) for record in read_sweep(path))
     runs = read_runs([path for path in paths if not _is_sweep(path)])
-    dense = None if original is None else Original(Path(original))
-    known = read_evaluations([Path(file) for file in evaluations])
+    dense = None if original is None else Original(local_path(original))
+    known = read_evaluations(evaluations)
     chosen = {run.label: _choose(run, runs, tensors) for run in runs}
     measured = _to_measure(runs, dense) if text is not None else []
     steps = _Steps(sum(map(len, chosen.values())) + len(measured) + 1, progress)
@@ -121,7 +122,7 @@ def report(
         steps.done(f"perplexity of {folder.name}")
     html, drawn = render(_content(runs, details, sweeps, known, dense))
     data = html.encode()
-    files = () if figures is None else _save_figures(drawn, runs, details, Path(figures), overwrite)
+    files = () if figures is None else _save_figures(drawn, runs, details, local_path(figures), overwrite)
     _write(dest, data)
     steps.done(f"{dest.name}")
     return ReportResult(

@@ -22,6 +22,7 @@ from mendlm.devices import resolve_device
 from mendlm.errors import CheckpointError, MendError, UsageError
 from mendlm.evaluation.text import dataset_source, text_source
 from mendlm.names import lookup
+from mendlm.paths import local_path
 from mendlm.pipeline import open_model, stat_inputs
 from mendlm.planning import make_plan
 from mendlm.report.records import Totals
@@ -442,7 +443,7 @@ def _resolved(given: EvaluationSettings, settings: Any) -> EvaluationSettings:
 
 def _calibration_file(recipe: Recipe) -> Path | None:
     """The file that a recipe is calibrated on, if it is one."""
-    path = None if recipe.calibration is None else Path(recipe.calibration.source).expanduser()
+    path = None if recipe.calibration is None else local_path(recipe.calibration.source)
     return path if path is not None and path.is_file() else None
 
 

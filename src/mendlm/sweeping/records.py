@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from mendlm.budgets import stored_frac
 from mendlm.errors import CheckpointError, UsageError
+from mendlm.paths import local_path
 
 FORMAT = "mendlm-sweep-1"
 SWEEP_FILE = "sweep.jsonl"
@@ -143,7 +144,7 @@ def read_sweep(path: str | Path) -> tuple[SweepRecord, ...]:
     UsageError : there is no such file.
     CheckpointError : a line is damaged; one that is cut off at the end of the file is left out.
     """
-    file = Path(path)
+    file = local_path(path)
     file = file / SWEEP_FILE if file.is_dir() else file
     try:
         lines = file.read_bytes().split(b"\n")
