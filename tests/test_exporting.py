@@ -400,6 +400,13 @@ def test_a_saved_model_can_be_exported(packed: Path, tmp_path: Path) -> None:
     assert "## Recipe" not in (tmp_path / "dense" / "README.md").read_text()
 
 
+def test_sizes_where_nothing_is_kept(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = Recipe(pattern=Unstructured(1.0), refiner=TLR(rank=2, n_iter=1))
+    mendlm.compress(tiny_llama, tmp_path / "packed", recipe)
+    result = mendlm.export(tmp_path / "packed", tmp_path / "dense")
+    assert result.dense_bytes == result.output_bytes
+
+
 @pytest.mark.parametrize("to", ["dense", "peft", "safetensors-factored"])
 def test_shards_that_are_left_without_tensors(packed: Path, tmp_path: Path, to: str) -> None:
     """`save_pretrained` may put a bitmask or a factor into a file of its own, of which the export keeps nothing."""

@@ -13,6 +13,7 @@ from typing import Any
 import mendlm
 from mendlm.checkpoints.finish import make_index, side_files, to_json
 from mendlm.checkpoints.folder import Folder, open_folder
+from mendlm.checkpoints.header import FLOATING
 from mendlm.checkpoints.reader import CONFIG_FILE, INDEX_FILE, as_bytes, read_chunks
 from mendlm.checkpoints.staging import Staging, check_space, check_target, open_staging
 from mendlm.checkpoints.writer import ShardLayout, ShardWriter, copy_file, write_file
@@ -195,8 +196,7 @@ def _dense_bytes(opened: Folder) -> int:
     sizes = [part.info.n_bytes for part in opened.copied.values()]
     for packed in opened.packed.values():
         d_out, d_in = packed.shape
-        itemsize = packed.values.info.n_bytes // packed.n_kept if packed.n_kept else 0
-        sizes.append(d_out * d_in * itemsize)
+        sizes.append(d_out * d_in * FLOATING[packed.values.info.dtype].itemsize)
     return sum(sizes)
 
 
