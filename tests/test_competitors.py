@@ -500,6 +500,10 @@ def test_whole_runs(tiny_llama: Path, tmp_path: Path) -> None:
         result = mendlm.compress(tiny_llama, tmp_path / f"{criterion}-{refiner}", recipe)
         assert all(r.sparsity == 0.5 and r.rank == 4 for r in result.records)
         errors[criterion, refiner] = [r.rel_output_error for r in result.records]
+    recipe = Recipe(criterion="sparsegpt", refiner="oats", rank=0, pattern="2:4", calibration=text)
+    result = mendlm.compress(tiny_llama, tmp_path / "oats", recipe)
+    assert all(r.sparsity == 0.5 and r.rank == 0 for r in result.records)
+    assert mendlm.verify(tmp_path / "oats", tiny_llama).findings == ()
     recipe = Recipe(criterion="sparsegpt", refiner=HassleFree(4, n_iter=10), pattern=NM(2, 4), calibration=text)
     result = mendlm.compress(tiny_llama, tmp_path / "hassle-free", recipe)
     assert all(r.sparsity == 0.5 and r.n_iter == 10 and r.metric == "gram" for r in result.records)

@@ -320,6 +320,36 @@ def test_the_updated_weights_of_a_criterion_stay_where_nothing_is_mended() -> No
         refine(W, chosen.mask, PruneOnly(), start=W)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("name", [name for name, cls in REFINERS.items() if cls.moves_mask])
+def test_refiners_that_move_the_mask_leave_nothing_off_it(name: str, rank: int, pattern: Pattern) -> None:
+    """Whatever S the criterion left, whose zeros are those of another mask."""
+    W = planted(D_OUT, D_IN)
+    stats = stats_for(D_IN)
+    chosen = select(W, "sparsegpt", pattern, inputs=stats)
+    refiner: AbstractRefiner = REFINERS[name](rank=rank)  # type: ignore[call-arg]
+    for kind in refiner.metrics:
+        metric = make_metric(kind, stats, damping=0.01, dtype=torch.float64, device=CPU)
+        out = refine(W, chosen.mask, refiner, metric=metric, pattern=pattern, start=chosen.S)
+        mask = out.decomposition.mask
+        assert int(mask.sum()) == int(chosen.mask.sum())
+        assert torch.all(out.S[~mask] == 0)
+        assert torch.all(out.S[mask] != 0)
+        assert out.rel_error < 1
+
+
+def test_an_S_off_its_mask_is_refused() -> None:
+    class Disagreeing(OATS):
+        def final_S(self, problem: Problem, state: object) -> torch.Tensor | None:
+            return problem.start
+
+    W = planted(D_OUT, D_IN)
+    chosen = select(W, "sparsegpt", NM(2, 4), inputs=stats_for(D_IN))
+    with pytest.raises(UsageError, match=r"refiner 'oats' gave an S that is not zero off the mask it found"):
+        refine(W, chosen.mask, Disagreeing(0), pattern=NM(2, 4), start=chosen.S)
+
+
 def every_case() -> list[tuple[AbstractRefiner, str]]:
     made = [cls() if cls is PruneOnly else cls(rank=3) for cls in REFINERS.values()]  # type: ignore[call-arg]
     return [(refiner, metric) for refiner in made for metric in refiner.metrics]

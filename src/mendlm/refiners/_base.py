@@ -118,7 +118,10 @@ class AbstractRefiner(ABC):
         """Factors ``left (d_out, rank)``, ``right (rank, d_in)`` of the final L in scaled columns, compute dtype."""
 
     def final_S(self, problem: Problem, state: Any) -> Tensor | None:
-        """S to begin the last fit with, or to keep where S is not fitted, in scaled columns; None for ``mask * W``."""
+        """S to begin the last fit with, or to keep where S is not fitted, in scaled columns; None for ``mask * W``.
+
+        It must be zero off `final_mask`, so a refiner that moves the mask has its own.
+        """
         return problem.start
 
     def final_mask(self, problem: Problem, state: Any) -> Tensor:

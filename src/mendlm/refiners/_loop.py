@@ -266,15 +266,22 @@ def _completed(
     fits = S is None
     if S is None:
         S = torch.empty(dense.shape, dtype=storage, device=dense.device)
-    squares, is_finite = [], all_finite(B) and all_finite(A)
+    squares, is_finite, strays = [], all_finite(B) and all_finite(A), False
     for gap, stored, kept in row_blocks(error, S, mask, n_bytes=STRIP_BYTES):
         if fits:
             stored.copy_((gap * kept.to(compute)).add_(0.0))  # + 0 turns the -0 of a product into 0
+        else:
+            strays = strays or bool((stored * ~kept).any())  # packing would drop them without a word
         is_finite = is_finite and all_finite(stored)
         squares.append(torch.linalg.vector_norm(gap.sub_(stored)).square())
     if not is_finite:
         raise NonFiniteError(
             f"rounding to {storage} overflowed after iteration {len(trace) - 1}. Store in bfloat16 or float32."
+        )
+    if strays:
+        raise UsageError(
+            f"refiner {refiner.name!r} gave an S that is not zero off the mask it found. "
+            "Let its final_S and final_mask agree."
         )
     return Refinement(
         SparseLowRank(S, B, A, mask),

@@ -99,6 +99,10 @@ class OATS(AbstractRefiner):
             return problem.no_factors
         return balance(state.fitted.left, state.fitted.right)
 
+    def final_S(self, problem: Problem, state: _State) -> Tensor | None:
+        """None: without a low-rank part S is ``mask * W``, whatever a criterion made of the weights."""
+        return None
+
     def final_mask(self, problem: Problem, state: _State) -> Tensor:
         """The last one."""
         return state.mask
