@@ -165,8 +165,9 @@ def gram_metric(gram: Tensor, damping: float, dtype: torch.dtype) -> GramMetric:
         scale = damped.diagonal().clamp_min(0).sqrt()
         correlation = damped / torch.outer(scale, scale)
         factor, info = torch.linalg.cholesky_ex(correlation)
-        # A pivot of the size of its rounding error is none: in the compute dtype the matrix would not be definite.
-        smallest = float(factor.diagonal().min()) if not bool(info) and factor.numel() else 0.0
+        # A pivot of the size of its rounding error is none: in the compute dtype the matrix would not be definite. The
+        # pivots, squares of this diagonal, are at least about share / d_in: a share of 0.01 does up to 80,000 inputs.
+        smallest = float(factor.diagonal().min()) ** 2 if not bool(info) and factor.numel() else 0.0
         if factor.numel() == 0 or smallest > torch.finfo(dtype).eps:
             return GramMetric(scale.to(dtype), correlation.to(dtype), factor.to(dtype), share)
         return None

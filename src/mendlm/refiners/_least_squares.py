@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,13 +33,16 @@ def masked_least_squares(
     Notes
     -----
     Rows are independent problems with one matrix, restricted to different sets of columns; each has its own step
-    sizes. A step costs d_out d_in^2 multiply-adds and six passes over S. The objective never rises.
+    sizes. A step costs d_out d_in^2 multiply-adds and six passes over S. The objective never rises, up to rounding:
+    there is no step along a direction d whose ``d.G d`` is no more than its own rounding, ``sqrt(d_in) eps |d|^2``,
+    where the matrix is nearly singular; the row begins anew from its gradient.
 
     References
     ----------
     .. [1] Saad (2003), Iterative Methods for Sparse Linear Systems, 2nd ed., Algorithm 6.18.
     """
-    tiny = torch.finfo(S.dtype).tiny
+    finfo = torch.finfo(S.dtype)
+    tiny, floor = finfo.tiny, finfo.eps * math.sqrt(S.shape[1])
     error = target - S
     gradient = error @ correlation
     scratch = torch.mul(error, gradient)
@@ -46,11 +50,14 @@ def masked_least_squares(
     residual = gradient.mul_(kept)
     direction, image, S = residual.clone(), error, S.clone()
     norms = torch.square(residual, out=scratch).sum(dim=1, keepdim=True)
+    sizes = norms  # of the directions, squared, as if they were orthogonal to the residuals to the last digit
     n_steps = 0
     while n_steps < max_steps:
         n_steps += 1
         torch.mm(direction, correlation, out=image).mul_(kept)
-        alpha = norms / torch.mul(direction, image, out=scratch).sum(dim=1, keepdim=True).clamp_min(tiny)
+        curvature = torch.mul(direction, image, out=scratch).sum(dim=1, keepdim=True)
+        flat = curvature <= floor * sizes
+        alpha = (norms / curvature.clamp_min(tiny)).masked_fill_(flat, 0)
         S.addcmul_(alpha, direction)
         residual.addcmul_(alpha, image, value=-1)
         gain = (alpha * norms).sum()
@@ -58,6 +65,8 @@ def masked_least_squares(
         if rtol > 0 and bool(gain <= rtol * energy):
             break
         following = torch.square(residual, out=scratch).sum(dim=1, keepdim=True)
-        direction.mul_(following / norms.clamp_min(tiny)).add_(residual)
+        beta = (following / norms.clamp_min(tiny)).masked_fill_(flat, 0)
+        direction.mul_(beta).add_(residual)
+        sizes = following + beta.square() * sizes
         norms = following
     return LeastSquares(S, n_steps, energy)
