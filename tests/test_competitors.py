@@ -12,7 +12,7 @@ import torch
 
 import mendlm
 import oracle
-from mendlm import NM, EoRA, HassleFree, Recipe, SLiMLoRA, Unstructured, ZeroShotSVD, refine, select_mask
+from mendlm import NM, EoRA, HassleFree, PruneOnly, Recipe, SLiMLoRA, Unstructured, ZeroShotSVD, refine, select_mask
 from mendlm.config import Calibration
 from mendlm.criteria import DSnoT, SparseGPT
 from mendlm.errors import UsageError
@@ -321,6 +321,37 @@ def test_alps_of_nothing_and_everything() -> None:
     assert not S.any()
     mask, S = alps(torch.zeros_like(target), metric, NM(2, 4), rho=0.1)
     assert not S.any()
+
+
+def clear_cut(dtype: torch.dtype) -> list[tuple[torch.Tensor, Pattern]]:
+    """Weights whose mask nothing moves, with the patterns that see it."""
+    W = planted(D_OUT, D_IN, dtype=dtype)
+    large = torch.where(torch.arange(D_IN) % 4 < 2, 100 * W.sign(), 0.01 * W)
+    return [
+        (torch.zeros_like(W), NM(2, 4)),
+        (W, Unstructured(0.0)),
+        (W, Unstructured(1.0)),
+        (large, NM(2, 4)),
+        (torch.where(torch.arange(D_IN) % 4 < 2, W, 0), NM(2, 4)),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_alps_ends_on_a_mask_that_nothing_moves(rank: int, dtype: torch.dtype) -> None:
+    for W, pattern in clear_cut(dtype):
+        mask = select_mask(W, "magnitude", pattern)
+        out = refine(W, mask, HassleFree(rank, 3, "alps"), metric=metric_of(dtype), pattern=pattern)
+        assert torch.equal(out.decomposition.mask, mask)
+        best = refine(W, mask, PruneOnly(), metric=metric_of(dtype))
+        assert out.rel_output_error is not None
+        assert best.rel_output_error is not None
+        assert out.rel_output_error <= best.rel_output_error * 1.001 + 16 * torch.finfo(dtype).eps
+    column = planted(D_OUT, 1, dtype=dtype)
+    metric = gram_metric(torch.ones(1, 1), 0.01, dtype)
+    mask = select_mask(column, "magnitude", Unstructured(0.5))
+    out = refine(column, mask, HassleFree(0, 3, "alps"), metric=metric, pattern=Unstructured(0.5))
+    assert torch.equal(out.decomposition.mask, mask)
 
 
 def test_bad_fields_of_hassle_free_are_refused() -> None:

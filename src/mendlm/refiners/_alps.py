@@ -14,6 +14,7 @@ from mendlm.refiners._least_squares import masked_least_squares
 # the steps of least squares at the end: the values of [1]'s code.
 UPDATE_EVERY, MAX_STEPS, SWITCH_AFTER, BACK_SOLVE = 3, 200, 30, 10
 MAX_RHO = 1e6
+MIN_RHO = 1e-6  # not in [1]'s code: a mask that no penalty moves is as good as settled
 
 
 def alps(target: Tensor, metric: GramMetric, pattern: Pattern, rho: float) -> tuple[Tensor, Tensor]:
@@ -24,7 +25,7 @@ def alps(target: Tensor, metric: GramMetric, pattern: Pattern, rho: float) -> tu
         B = (target R - V + rho S) (R + rho I)^-1;   S = threshold(B + V / rho);   V = V + rho (B - S)
 
     R is the correlation. The penalty rho grows by 1.3, 1.2 or 1.1 while more than 10 %, 0.5 % or any of the mask
-    changes; while nothing has changed yet, it falls to a fifth. At the end S is fitted on the mask of B.
+    changes; while nothing has changed yet, it falls to a fifth, down to 1e-6. At the end S is fitted on the mask of B.
 
     Parameters
     ----------
@@ -45,7 +46,8 @@ def alps(target: Tensor, metric: GramMetric, pattern: Pattern, rho: float) -> tu
     ----------
     .. [1] Meng, Behdin, Wang, Mazumder (2024), ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large
        Language Models, NeurIPS 2024, arXiv:2406.07831, eq. 4 (the steps) and Algorithm 1 (penalty and fit).
-       Deviations: exact counts under ties; conjugate gradients with a step size per row, which never raise the error.
+       Deviations: exact counts under ties; the least penalty; conjugate gradients with a step size per row, which
+       never raise the error.
     """
     correlation = metric.parts()[0]
     values, vectors = metric.eigen
@@ -69,6 +71,8 @@ def alps(target: Tensor, metric: GramMetric, pattern: Pattern, rho: float) -> tu
         if n_changed == 0 and moved:
             break
         if n_changed == 0:
+            if rho < MIN_RHO:
+                break
             rho /= 5
             continue
         moved = True
