@@ -17,7 +17,7 @@ from mendlm.config import parse_pattern, pattern_to_dict
 from mendlm.criteria import CRITERIA, AbstractCriterion
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats
-from mendlm.masks import _sorting_network
+from mendlm.masks import _sorting_network, expand, mask_of_largest
 from mendlm.patterns import Adjustable, Pattern, Tiles, n_kept_total
 from strategies import matrices, patterns_for, stats_for
 
@@ -88,6 +88,21 @@ def test_tiles_equal_sorting_of_their_sums(data: st.DataObject, W: torch.Tensor)
     )
     expected = np.kron(oracle.mask_by_sorting(sums, pattern.n_kept(sums.size)), np.ones((rows, cols), bool))
     np.testing.assert_array_equal(select_mask(W, "magnitude", pattern).numpy(), expected)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-25, 1e25])
+def test_the_mask_of_the_largest_leaves_the_nearest_matrix(size: float) -> None:
+    x = torch.randn(16, 24, generator=torch.Generator().manual_seed(0)) * size
+    x *= torch.rand(16, 24, generator=torch.Generator().manual_seed(1)) ** 4
+    for pattern in (Unstructured(0.4), Unstructured(0.6, "row"), NM(2, 4)):
+        assert torch.equal(mask_of_largest(x, pattern), select_mask(x, "magnitude", pattern))
+    mask = mask_of_largest(x, Tiles(0.5, 4, 4))
+    energies = x.double().reshape(4, 4, 6, 4).square().sum(dim=(1, 3)).flatten()
+    kept = mask.reshape(4, 4, 6, 4)[:, 0, :, 0].flatten()
+    assert torch.equal(mask, expand(kept.reshape(4, 6), (4, 4)))
+    assert int(kept.sum()) == 12
+    assert energies[kept].min() > energies[~kept].max()
+    assert torch.equal(mask_of_largest(torch.zeros(8, 8), Tiles(0.5, 4, 4)).sum(), torch.tensor(32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

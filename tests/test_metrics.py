@@ -13,7 +13,7 @@ from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats
 from mendlm.linalg import FullSVD, SubspaceIteration, make_solver
 from mendlm.metrics import gram_metric, make_metric
-from mendlm.patterns import Pattern
+from mendlm.patterns import Pattern, Tiles
 from mendlm.refiners import REFINERS, AbstractRefiner
 from mendlm.refiners._base import Problem
 from mendlm.refiners._least_squares import masked_least_squares
@@ -448,6 +448,15 @@ def test_oats_is_algorithm_1_of_its_paper(pattern: Pattern) -> None:
     np.testing.assert_allclose((out.S * scale).numpy(), S, rtol=0, atol=1e-9 * np.abs(S).max())
     assert len(out.trace) == 80
     assert out.objective < refine(W, given, OATS(rank=0), input_scale=scale, pattern=pattern).objective
+
+
+def test_oats_keeps_the_tiles_that_leave_the_least_error() -> None:
+    W = planted(D_OUT, D_IN)
+    W *= torch.rand(W.shape, generator=torch.Generator().manual_seed(0)) ** 4
+    scale, pattern = stats_for(D_IN).scale, Tiles(0.5, 4, 4)
+    energies = (W * scale).square().reshape(D_OUT // 4, 4, D_IN // 4, 4).sum(dim=(1, 3)).flatten().sort().values
+    out = refine(W, W != 0, OATS(rank=0), input_scale=scale, pattern=pattern)
+    assert out.objective**2 == pytest.approx(float(energies[: energies.numel() // 2].sum()), rel=1e-12)
 
 
 def test_pcp_is_the_augmented_lagrangian_method() -> None:

@@ -60,6 +60,15 @@ def mask_from_scores(scores: Tensor, pattern: Pattern) -> Tensor:
     return expand(mask.reshape(units.shape), pattern.unit)
 
 
+def mask_of_largest(x: Tensor, pattern: Pattern) -> Tensor:
+    """The mask of the matrix of the `pattern` nearest to `x` (d_out, d_in): entries by size, tiles by their norm."""
+    size = x.abs()
+    if pattern.unit != SINGLE and size.numel():
+        # Relative to the largest one, whose square neither overflows nor underflows.
+        size = size.div_(size.amax().clamp_min(torch.finfo(size.dtype).tiny)).square_()
+    return mask_from_scores(size, pattern)
+
+
 def pool(scores: Tensor, unit: tuple[int, int]) -> Tensor:
     """Sums of `scores` (d_out, d_in) over units of (rows, columns): (d_out / rows, d_in / columns)."""
     if unit == SINGLE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mendlm.masks import mask_from_scores
+from mendlm.masks import mask_of_largest
 from mendlm.metrics import GramMetric
 from mendlm.patterns import Pattern
 from mendlm.refiners._least_squares import masked_least_squares
@@ -53,7 +53,7 @@ def alps(target: Tensor, metric: GramMetric, pattern: Pattern, rho: float) -> tu
     values, vectors = metric.eigen
     image = target @ correlation
     V = torch.zeros_like(target)
-    before = mask_from_scores(target.abs(), pattern)
+    before = mask_of_largest(target, pattern)
     S = target * before
     n_kept = max(int(before.sum()), 1)
     moved = False
@@ -61,7 +61,7 @@ def alps(target: Tensor, metric: GramMetric, pattern: Pattern, rho: float) -> tu
     for step in range(1, MAX_STEPS + 1):
         B = (torch.add(image, S, alpha=rho).sub_(V) @ vectors).div_(values + rho) @ vectors.T
         raised = torch.add(B, V, alpha=1 / rho)
-        mask = mask_from_scores(raised.abs(), pattern)
+        mask = mask_of_largest(raised, pattern)
         S = raised * mask
         V.add_(B, alpha=rho).sub_(S, alpha=rho)
         if step % UPDATE_EVERY:
@@ -80,6 +80,6 @@ def alps(target: Tensor, metric: GramMetric, pattern: Pattern, rho: float) -> tu
         if step > SWITCH_AFTER and changed < 3e-4:
             break
         rho = min(rho * (1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1), MAX_RHO)
-    mask = mask_from_scores(B.abs(), pattern)
+    mask = mask_of_largest(B, pattern)
     solved = masked_least_squares(target, B * mask, mask.to(B.dtype), correlation, max_steps=BACK_SOLVE)
     return mask, solved.S

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mendlm.linalg import LeadingTriplets, Solver, Triplets, balance, make_solver
-from mendlm.masks import mask_from_scores, zero_
+from mendlm.masks import mask_of_largest, zero_
 from mendlm.metrics import MetricName
 from mendlm.patterns import Pattern
 from mendlm.refiners._base import AbstractRefiner, Problem, Progress, pattern_of
@@ -47,7 +47,7 @@ class OATS(AbstractRefiner):
     Notes
     -----
     D is that of the diagonal metric, the root mean squares of the inputs; in the plain metric there is none. A step
-    costs 6 d_out d_in k flops and one selection of entries (`mask_from_scores`), which dominates at small rank.
+    costs 6 d_out d_in k flops and one selection of entries (`mask_of_largest`), which dominates at small rank.
 
     References
     ----------
@@ -89,7 +89,7 @@ class OATS(AbstractRefiner):
             L = torch.mm(state.fitted.left, state.fitted.right)
             energy_frac = float(state.fitted.energy_frac)
         error = W - L
-        state.mask = mask_from_scores(error.abs(), state.pattern)
+        state.mask = mask_of_largest(error, state.pattern)
         zero_(state.S.copy_(error), state.mask, off=True)
         return state, Progress(self.rank, float(torch.linalg.vector_norm(error - state.S)), energy_frac)
 
