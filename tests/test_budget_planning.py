@@ -31,7 +31,16 @@ from mendlm.patterns import NM, Pattern, Unstructured
 from mendlm.pipeline import compress, plan
 from mendlm.plotting import plot_budget
 from mendlm.recipe_files import load_recipe, recipe_text
-from mendlm.refiners import OATS, TLR, AbstractRefiner, AcceleratedTLR, JointADMM, PruneOnly, ZeroShotSVD
+from mendlm.refiners import (
+    OATS,
+    TLR,
+    AbstractRefiner,
+    AcceleratedTLR,
+    JointADMM,
+    PruneOnly,
+    SLiMLoRA,
+    ZeroShotSVD,
+)
 from strategies import stats_for
 from tiny import tiny_model
 
@@ -141,6 +150,27 @@ def test_other_refiners_run_as_they_are(refiner: AbstractRefiner) -> None:
         options = {"refit": refiner.refit} if isinstance(refiner, ZeroShotSVD) else {"n_iter": 5}
         want = run_to_the_end(kind(rank=rank, **options), Metric(), Unstructured(0.5))
         assert curve[ranks.index(rank)] == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_the_statistics_reach_a_refiner_that_weighs_the_inputs(refit: bool) -> None:
+    W, stats, pattern = weight(), stats_for(128), NM(2, 4)
+    mask = select_mask(W, "wanda", pattern, inputs=stats)
+    metric = make_metric("diagonal", stats, damping=0.01, dtype=torch.float32, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    curve = error_curve(
+        W,
+        mask,
+        SLiMLoRA(rank=4, refit=refit),
+        (0, 8),
+        metric=metric,
+        start=None,
+        pattern=pattern,
+        inputs=stats,
+        generator=generator,
+    )
+    out = refine(W, mask, SLiMLoRA(rank=8, refit=refit), metric=metric, inputs=stats)
+    assert curve[1] == pytest.approx(metric.norm(W - out.decomposition.to_dense()) ** 2, rel=1e-4)
 
 
 def test_only_pruned() -> None:
@@ -286,6 +316,15 @@ def test_calibrated_plans(criterion: str, tiny_llama: Path, text_file: Path) -> 
     assert budget.uniform is not None
     assert 0 < budget.error <= budget.uniform.error
     assert budget == plan_budget_again(tiny_llama, recipe, budget)
+
+
+@pytest.mark.parametrize("refiner", ["slim-lora", "eora"])
+def test_calibrated_plans_with_refiners_that_run_as_they_are(refiner: str, tiny_llama: Path, text_file: Path) -> None:
+    calibration = {"source": str(text_file), "n_sequences": 4, "seqlen": 64}
+    recipe = Recipe(criterion="wanda", pattern="2:4", refiner=refiner, rank=4, calibration=calibration)
+    budget = plan_budget(tiny_llama, recipe, target_rank_bytes=FACTORS, rank_step=4)
+    assert budget.uniform is not None
+    assert 0 < budget.error <= budget.uniform.error
 
 
 def plan_budget_again(model: Path, recipe: Recipe, budget: BudgetPlan) -> BudgetPlan:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mendlm.config import parse_pattern, pattern_to_dict
 from mendlm.errors import CheckpointError, UsageError
+from mendlm.inputs import InputStats
 from mendlm.metrics import GramMetric, Metric
 from mendlm.patterns import Pattern
 from mendlm.refiners import TLR, AbstractRefiner, AcceleratedTLR, JointADMM, PruneOnly, refine
@@ -136,6 +137,7 @@ def error_curve(
     metric: Metric,
     start: Tensor | None,
     pattern: Pattern,
+    inputs: InputStats | None = None,
     generator: torch.Generator,
 ) -> tuple[float, ...]:
     """Squared error ``||W - S - L_r||^2`` in the metric at every rank r, about as the refiner would leave it.
@@ -146,7 +148,7 @@ def error_curve(
     mask : (d_out, d_in) bool, True = kept.
     refiner : that will do the work; its rank counts for nothing.
     ranks : rising, from 0; 0 alone for a refiner without a low-rank part.
-    metric, start, pattern, generator : as for `refine`.
+    metric, start, pattern, inputs, generator : as for `refine`.
 
     Returns
     -------
@@ -166,7 +168,7 @@ def error_curve(
     Gram matrix and 6 more per anchor, and for `JointADMM` 20 at first.
     """
     first = None if start is None else metric.scaled(start)
-    problem = Problem(metric.scaled(W), mask, generator, metric, first, pattern)
+    problem = Problem(metric.scaled(W), mask, generator, metric, first, pattern, inputs)
     if isinstance(refiner, JointADMM):
         quick = replace(
             refiner, rank=min(JOINT_RANK, *W.shape), n_iter=min(JOINT_ITERATIONS, refiner.n_iter), solver="auto"
@@ -258,6 +260,7 @@ def _run(W: Tensor, problem: Problem, refiner: AbstractRefiner, start: Tensor | 
         metric=problem.metric,
         start=start,
         pattern=problem.pattern,
+        inputs=problem.inputs,
         generator=generator,
     )
     return problem.metric.norm(W - out.S - out.B @ out.A) ** 2

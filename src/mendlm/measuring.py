@@ -280,6 +280,7 @@ def tensor_curves(
                 metric=metric,
                 start=None if selection.S is None else selection.S.to(dtype),
                 pattern=pattern,
+                inputs=stats,
                 generator=generator,
             )
             curves.append(ErrorCurve(pattern, n_kept_total(pattern, d_out, d_in), errors))
