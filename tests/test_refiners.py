@@ -15,6 +15,7 @@ import oracle
 from mendlm import NM, TLR, AcceleratedTLR, PruneOnly, Unstructured, ZeroShotSVD, refine, select_mask
 from mendlm.criteria import CRITERIA
 from mendlm.errors import NonFiniteError, UsageError
+from mendlm.metrics import Metric, diagonal_metric
 from mendlm.patterns import Pattern
 from mendlm.refiners import REFINERS, AbstractRefiner, refine_stack
 from strategies import matrices, patterns_for, stats_for
@@ -322,8 +323,40 @@ def test_overflow_is_reported_with_the_iteration() -> None:
 
 def test_overflow_of_the_storage_dtype_is_reported() -> None:
     W = torch.eye(8) * 1e6
-    with pytest.raises(NonFiniteError, match=r"rounding to torch\.float16 overflowed"):
+    with pytest.raises(NonFiniteError, match=r"rounding to torch\.float16 overflowed after iteration 49\. Store in"):
         refine(W, W != 0, TLR(2), storage_dtype=torch.float16)
+    with pytest.raises(NonFiniteError, match=r"rounding to torch\.float16 overflowed\. Store in"):
+        refine(W, W != 0, PruneOnly(), storage_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("power", [-83, -66, 61, 83])
+def test_errors_are_right_where_squares_leave_float32(power: int, dtype: torch.dtype) -> None:
+    W = planted(16, 24, dtype=dtype)
+    mask = select_mask(W, "magnitude", NM(2, 4))
+    for metric in (Metric(), diagonal_metric(torch.linspace(1, 2, 24))):
+        expected = refine(W, mask, PruneOnly(), metric=metric)
+        out = refine(W * 2.0**power, mask, PruneOnly(), metric=metric)
+        assert out.rel_error == pytest.approx(expected.rel_error, rel=16 * EPS32)
+        assert (out.rel_output_error or 0.0) == pytest.approx(expected.rel_output_error or 0.0, rel=16 * EPS32)
+        assert out.objective == pytest.approx(expected.objective * 2.0**power, rel=16 * EPS32)
+    for refiner in every_refiner(4):
+        try:
+            out = refine(W * 2.0**power, mask, refiner, pattern=NM(2, 4))
+        except NonFiniteError:
+            assert power > 0
+            continue
+        error = (W * 2.0**power).double() - out.decomposition.to_dense().double()
+        assert out.rel_error == pytest.approx(float(error.norm() / (W * 2.0**power).double().norm()), rel=1e-3)
+
+
+def test_an_error_that_is_not_finite_is_reported() -> None:
+    W = torch.full((8, 8), 1e200, dtype=torch.float64)
+    with pytest.raises(NonFiniteError, match=r"the error of W of shape \(8, 8\) is not finite"):
+        refine(W, torch.eye(8, dtype=torch.bool), PruneOnly())
+    W = torch.full((8, 8), 1e30)
+    with pytest.raises(NonFiniteError, match=r"none gave a non-finite S for W of shape \(8, 8\)"):
+        refine(W, torch.eye(8, dtype=torch.bool), PruneOnly(), gram=torch.eye(8) + 1)
 
 
 def stack_of(n: int, dtype: torch.dtype, device: str = "cpu") -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -11,6 +11,7 @@ the leading eigenvectors of ``M G M.T``, for which M and the product M G, kept b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
@@ -90,6 +91,21 @@ def all_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack([piece.sum(dtype=dtype) for piece in pieces]).sum())) or bool(
         torch.isfinite(x).all()
     )
+
+
+def frobenius(x: Tensor, found: float | None = None) -> float:
+    """``||x||_F``; in float64 where the squares of `x` may have left the range of its own dtype.
+
+    Parameters
+    ----------
+    x : of any shape.
+    found : the norm as that dtype gives it, if the caller has it.
+    """
+    norm = float(torch.linalg.vector_norm(x)) if found is None else found
+    finfo = torch.finfo(x.dtype)
+    if math.sqrt(x.numel() * finfo.tiny / finfo.eps) < norm < math.inf:
+        return norm  # what underflowed would have been less than eps of it
+    return math.hypot(*(float(torch.linalg.vector_norm(piece.double())) for piece in torch.split(x.reshape(-1), 2**20)))
 
 
 def with_damping(attempt: Callable[[float], T | None], damping: float, smallest: float) -> tuple[T | None, float]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats
-from mendlm.linalg import all_finite, inverse_factor, with_damping
+from mendlm.linalg import all_finite, frobenius, inverse_factor, with_damping
 
 MetricName = Literal["plain", "diagonal", "gram"]
 
@@ -60,7 +60,7 @@ class Metric:
 
     def norm(self, E: Tensor) -> float:
         """The norm of an error (…, d_in) in the original columns."""
-        return float(self.norm_of_scaled(self.scaled(E)))
+        return frobenius(self.whiten(self.scaled(E)))
 
     def norm_of_scaled(self, E: Tensor) -> Tensor:
         """The norm of an error (…, d_in) in scaled columns, 0-dim."""
@@ -237,4 +237,4 @@ def diagonal_metric(scale: Tensor) -> DiagonalMetric:
 
 def ratio(part: float, whole: float) -> float:
     """A norm relative to another one; 0 where there is nothing."""
-    return part / whole if whole > 0 else 0.0
+    return 0.0 if whole == 0 else part / whole

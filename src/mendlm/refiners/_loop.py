@@ -13,7 +13,7 @@ from torch import Tensor
 from mendlm.decomposition import SparseLowRank
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats
-from mendlm.linalg import all_finite, compute_dtype
+from mendlm.linalg import all_finite, compute_dtype, frobenius
 from mendlm.masks import row_blocks, zero_
 from mendlm.metrics import GramMetric, Metric, MetricName, diagonal_metric, gram_metric, ratio
 from mendlm.patterns import Pattern
@@ -249,7 +249,8 @@ def _completed(
             fitted = _unfitted_S(dense, mask, found.S, measure)
             exact = found.left @ found.right
             torch.sub(measure.scaled(dense), exact, out=exact)
-            objective = float(torch.linalg.vector_norm(exact.sub_(measure.scaled(fitted))))
+            objective = frobenius(exact.sub_(measure.scaled(fitted)))
+            _check_S(fitted, objective, refiner)
             S = fitted.to(storage)
             del fitted, exact
     B, A = found.left.to(storage), measure.unscaled(found.right).to(storage)
@@ -260,6 +261,7 @@ def _completed(
         else:
             fitted = _unfitted_S(dense, mask, found.S, measure)
         objective = measure.norm(dense - fitted - L)
+        _check_S(fitted, objective, refiner)
         S = fitted.to(storage)
         del fitted
     error = torch.sub(dense, L, out=L)
@@ -275,24 +277,37 @@ def _completed(
         is_finite = is_finite and all_finite(stored)
         squares.append(torch.linalg.vector_norm(gap.sub_(stored)).square())
     if not is_finite:
-        raise NonFiniteError(
-            f"rounding to {storage} overflowed after iteration {len(trace) - 1}. Store in bfloat16 or float32."
-        )
+        when = f" after iteration {len(trace) - 1}" if trace else ""
+        raise NonFiniteError(f"rounding to {storage} overflowed{when}. Store in bfloat16 or float32.")
     if strays:
         raise UsageError(
             f"refiner {refiner.name!r} gave an S that is not zero off the mask it found. "
             "Let its final_S and final_mask agree."
         )
+    rel_error = ratio(frobenius(error, float(torch.stack(squares).sum().sqrt())), frobenius(dense))
+    rel_output_error = None if measure.name == "plain" else ratio(measure.norm(error), measure.norm(dense))
+    if not all(math.isfinite(x) for x in (objective, rel_error, rel_output_error or 0.0)):
+        raise NonFiniteError(
+            f"the error of W of shape {tuple(dense.shape)} is not finite. Compute in float64, or check the scale of W."
+        )
     return Refinement(
         SparseLowRank(S, B, A, mask),
         trace,
         found.status,
-        ratio(float(torch.stack(squares).sum().sqrt()), float(torch.linalg.vector_norm(dense))),
+        rel_error,
         objective,
         measure.name,
         measure.damping,
-        None if measure.name == "plain" else ratio(measure.norm(error), measure.norm(dense)),
+        rel_output_error,
     )
+
+
+def _check_S(S: Tensor, objective: float, refiner: AbstractRefiner) -> None:
+    if not math.isfinite(objective) and not all_finite(S):
+        raise NonFiniteError(
+            f"{refiner.name} gave a non-finite S for W of shape {tuple(S.shape)}. "
+            "Compute in float64, or check the scale of W."
+        )
 
 
 def _unfitted_S(dense: Tensor, mask: Tensor, found: Tensor | None, metric: Metric) -> Tensor:
