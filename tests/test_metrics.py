@@ -370,6 +370,21 @@ def test_refiners_that_move_the_mask_leave_nothing_off_it(name: str, rank: int, 
         assert out.rel_error < 1
 
 
+@pytest.mark.parametrize(("refiner", "kind"), [(PruneOnly(), kind) for kind in ("plain", "diagonal", "gram")], ids=str)
+def test_the_start_is_not_modified_and_not_returned(refiner: AbstractRefiner, kind: str) -> None:
+    W = planted(D_OUT, D_IN)
+    stats = stats_for(D_IN)
+    mask = select_mask(W, "magnitude", NM(2, 4))
+    start = torch.where(mask, W, -0.0)
+    metric = make_metric(kind, stats, damping=0.01, dtype=torch.float64, device=CPU)
+    before = start.clone()
+    out = refine(W, mask, refiner, metric=metric, start=start)
+    assert not torch.signbit(out.S[~mask]).any()
+    out.S.zero_()
+    assert torch.equal(start, before)
+    assert torch.signbit(start[~mask]).all()
+
+
 def test_an_S_off_its_mask_is_refused() -> None:
     class Disagreeing(OATS):
         def final_S(self, problem: Problem, state: object) -> torch.Tensor | None:
@@ -412,6 +427,36 @@ def test_contract(refiner: AbstractRefiner, kind: str, dtype: torch.dtype, patte
     assert error <= plain * (1 + 1e-6) + rounding * float(metric.norm(W.abs().to(compute)) / metric.norm(W.to(compute)))
 
 
+@pytest.mark.parametrize(("refiner", "kind"), every_case(), ids=lambda x: x if isinstance(x, str) else x.name)
+def test_tensors_with_gradients_count_as_their_values(refiner: AbstractRefiner, kind: str) -> None:
+    def grown(x: torch.Tensor | None) -> torch.Tensor:
+        assert x is not None
+        return x.clone().requires_grad_()
+
+    W, stats = planted(D_OUT, D_IN, dtype=torch.float32), stats_for(D_IN)
+    leaves = InputStats(stats.n_tokens, *map(grown, (stats.second_moment, stats.gram, stats.mean, stats.mean_abs)))
+    plain, mine = (select(x, "sparsegpt", NM(2, 4), inputs=s) for x, s in ((W, stats), (grown(W), leaves)))
+    assert plain.S is not None
+    how = [
+        {"plain": {}, "diagonal": {"input_scale": s.scale.float()}, "gram": {"gram": s.gram}}[kind]
+        for s in (stats, leaves)
+    ]
+    expected = refine(W, plain.mask, refiner, start=plain.S, pattern=NM(2, 4), inputs=stats, **how[0])  # type: ignore[arg-type]
+    out = refine(
+        grown(W),
+        mine.mask,
+        refiner,
+        start=grown(mine.S),
+        pattern=NM(2, 4),
+        inputs=leaves,
+        **how[1],  # type: ignore[arg-type]
+    )
+    for got, want in ((out.S, expected.S), (out.A, expected.A), (out.B, expected.B)):
+        assert torch.equal(got, want)
+        assert not got.requires_grad
+    assert not make_metric("gram", leaves, damping=0.01, dtype=torch.float32, device=CPU).parts()[0].requires_grad  # type: ignore[attr-defined]
+
+
 def test_a_metric_that_a_refiner_does_not_have_is_refused() -> None:
     W = planted(D_OUT, D_IN)
     mask = select_mask(W, "magnitude", NM(2, 4))
@@ -419,6 +464,12 @@ def test_a_metric_that_a_refiner_does_not_have_is_refused() -> None:
         refine(W, mask, OATS(rank=3), gram=gram_of(stats_for(D_IN)), pattern=NM(2, 4))
     with pytest.raises(UsageError, match="pass one of"):
         refine(W, mask, TLR(rank=3), gram=gram_of(stats_for(D_IN)), input_scale=torch.ones(D_IN))
+    narrow = gram_metric(gram_of(stats_for(D_IN)), 0.01, torch.float32)
+    with pytest.raises(
+        UsageError, match=r"is in torch\.float32, narrower than the torch\.float64 .* pass dtype=torch\.float32"
+    ):
+        refine(W, mask, TLR(rank=3), metric=narrow)
+    assert refine(W, mask, TLR(rank=3), metric=narrow, dtype=torch.float32).S.dtype == torch.float64
     with pytest.raises(UsageError, match="the metric is of 40 inputs"):
         refine(W[:, :20], mask[:, :20], TLR(rank=3), gram=gram_of(stats_for(D_IN)))
     with pytest.raises(UsageError, match="'oats' moves the mask, so it needs the pattern"):

@@ -391,6 +391,17 @@ def test_a_stack_gives_what_its_matrices_give_alone(refiner: TLR, dtype: torch.d
         assert float(torch.linalg.vector_norm(gap)) <= (8 * stored + 1e5 * eps) * size
 
 
+def test_a_stack_of_parameters_counts_as_their_values() -> None:
+    weights, masks = stack_of(3, torch.float32)
+    found, mine = (
+        refine_stack(given, masks, TLR(4), generators=[torch.Generator().manual_seed(0) for _ in given])
+        for given in (weights, [torch.nn.Parameter(W) for W in weights])
+    )
+    for one, other in zip(found, mine, strict=True):
+        assert torch.equal(one.S, other.S)
+        assert not other.S.requires_grad
+
+
 def test_a_stack_is_checked() -> None:
     weights, masks = stack_of(3, torch.float32)
     seeds = [torch.Generator().manual_seed(0)] * 3

@@ -154,7 +154,7 @@ def gram_metric(gram: Tensor, damping: float, dtype: torch.dtype) -> GramMetric:
         raise UsageError(f"gram must be a square matrix, got shape {tuple(gram.shape)}.")
     if not damping >= 0:
         raise UsageError(f"damping must be at least 0, got {damping!r}.")
-    G = gram.to(torch.float64)
+    G = gram.detach().to(torch.float64)
     if not all_finite(G):
         raise NonFiniteError("the Gram matrix of the inputs holds NaN or infinity. Calibrate on other text.")
     mean = float(G.diagonal().mean())
@@ -232,7 +232,7 @@ def diagonal_metric(scale: Tensor) -> DiagonalMetric:
             f"input_scale must be positive, got {float(scale[column])!r} in column {column}. "
             "Replace the scale of a dead input by a small positive number."
         )
-    return DiagonalMetric(scale)
+    return DiagonalMetric(scale.detach())
 
 
 def ratio(part: float, whole: float) -> float:

@@ -50,6 +50,7 @@ def select_mask(
     return select(W, criterion, pattern, inputs=inputs, generator=generator).mask
 
 
+@torch.no_grad()
 def select(
     W: Tensor,
     criterion: str | AbstractCriterion,
@@ -61,7 +62,7 @@ def select(
     """As `select_mask`, with the updated weights of a criterion that has any, and the damping it used."""
     if W.ndim != 2 or not W.is_floating_point():
         raise UsageError(f"W must be a 2-D floating tensor, got shape {tuple(W.shape)} and dtype {W.dtype}.")
-    W = W.detach()  # the weight of a module is a parameter, whose gradients nothing here needs
+    W = W.detach()  # a parameter counts as its values
     chosen = lookup(CRITERIA, criterion, "criterion")() if isinstance(criterion, str) else criterion
     if generator is None:
         generator = torch.Generator(device=W.device).manual_seed(0)

@@ -69,6 +69,7 @@ class Refinement:
         return self.decomposition.B
 
 
+@torch.no_grad()
 def refine(
     W: Tensor,
     mask: Tensor,
@@ -94,7 +95,8 @@ def refine(
     input_scale : (d_in,), > 0: the diagonal metric, the objective is measured on ``W * input_scale``.
     gram : (d_in, d_in): the Gram metric of these inputs, with a damping of 0.01.
     metric : any metric, e.g. of `mendlm.metrics.make_metric`. At most one of these three; plain if none is given.
-    start : (d_out, d_in), zero off the mask: S as a criterion that updates weights left it; default ``mask * W``.
+    start : (d_out, d_in), zero off the mask: S as a criterion that updates weights left it; default ``mask * W``. Not
+        modified.
     pattern : where zeros may be; for refiners that move the mask.
     inputs : statistics without dead inputs (`InputStats.revived`), for refiners that look at more of them than the
         metric does; they do not choose the metric.
@@ -121,7 +123,7 @@ def refine(
        on the mask after B and A are rounded; before rounding it equals the paper's S when the last residual has rank k.
     """
     _validate(W, mask, refiner.rank)
-    W = W.detach()  # as `select` does
+    W = W.detach()  # a parameter counts as its values
     compute = compute_dtype(W.dtype, dtype)
     if generator is None:
         generator = torch.Generator(device=W.device).manual_seed(0)
@@ -137,6 +139,7 @@ def refine(
     return _completed(dense, measure, refiner, found, W.dtype if storage_dtype is None else storage_dtype)
 
 
+@torch.no_grad()
 def refine_stack(
     weights: Sequence[Tensor],
     masks: Sequence[Tensor],
@@ -312,8 +315,9 @@ def _check_S(S: Tensor, objective: float, refiner: AbstractRefiner) -> None:
 
 def _unfitted_S(dense: Tensor, mask: Tensor, found: Tensor | None, metric: Metric) -> Tensor:
     """S that does not depend on L, in the compute dtype: `found`, which is in scaled columns, or ``mask * W``."""
-    S = zero_(dense.clone(), mask, off=True) if found is None else metric.unscaled(found)
-    return S.add_(0.0)  # + 0 turns the -0 of a product into 0
+    if found is not None:
+        return metric.unscaled(found) + 0.0  # a new tensor: it may be the `start` of the caller
+    return zero_(dense.clone(), mask, off=True).add_(0.0)  # + 0 turns the -0 of a product into 0
 
 
 def _least_squares_S(dense: Tensor, L: Tensor, mask: Tensor, found: Tensor | None, metric: GramMetric) -> Tensor:
@@ -346,6 +350,15 @@ def _metric(
             metric = Metric()
     if metric.scale is not None and metric.scale.shape != (W.shape[1],):
         raise UsageError(f"the metric is of {metric.scale.shape[0]} inputs, W of shape {tuple(W.shape)} has others.")
+    # Columns scaled by a wider metric are as wide; those of a narrower one do not go with its Gram matrix.
+    if isinstance(metric, GramMetric) and metric.parts()[0].dtype != torch.promote_types(
+        dtype, metric.parts()[0].dtype
+    ):
+        made = metric.parts()[0].dtype
+        raise UsageError(
+            f"the Gram metric is in {made}, narrower than the {dtype} to compute in. Make it in {dtype}, or pass "
+            f"dtype={made}."
+        )
     if metric.name not in refiner.metrics:
         known = ", ".join(refiner.metrics)
         raise UsageError(f"refiner {refiner.name!r} has no metric {metric.name!r}. It has: {known}.")
