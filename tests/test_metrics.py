@@ -534,6 +534,15 @@ def test_pcp_is_the_augmented_lagrangian_method() -> None:
     assert out.status == "converged"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_pcp_without_a_tolerance_ends(dtype: torch.dtype) -> None:
+    W = planted(16, 20, dtype=dtype)
+    mask = select_mask(W, "magnitude", Unstructured(0.5))
+    out = refine(W, mask, PCP(rank=3, n_iter=1000, growth=10.0, tol=0.0))
+    assert len(out.trace) == 1000
+    assert out.rel_error == pytest.approx(refine(W, mask, PCP(rank=3, n_iter=30, growth=10.0)).rel_error, rel=1e-2)
+
+
 def test_bad_fields_of_pcp_and_oats_are_refused() -> None:
     for bad in ({"n_iter": 0}, {"growth": 0.5}, {"tol": -1.0}, {"weight": -1.0}):
         with pytest.raises(UsageError, match=next(iter(bad))):

@@ -257,6 +257,15 @@ def test_an_all_zero_matrix_stays_zero(refiner: AbstractRefiner) -> None:
     assert not out.decomposition.to_dense().any()
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0)])
+@pytest.mark.parametrize("refiner", every_refiner(0), ids=lambda r: r.name)
+def test_empty_matrices(refiner: AbstractRefiner, shape: tuple[int, int]) -> None:
+    W = torch.zeros(shape)
+    out = refine(W, W != 0, refiner, pattern=Unstructured(0.5))
+    assert out.S.shape == shape
+    assert out.rel_error == 0.0
+
+
 def test_a_low_rank_matrix_does_not_break_the_subspace() -> None:
     g = torch.Generator().manual_seed(0)
     W = torch.randn(64, 2, generator=g) @ torch.randn(2, 80, generator=g)

@@ -14,6 +14,8 @@ from mendlm.metrics import MetricName
 from mendlm.refiners._base import AbstractRefiner, Problem, Progress
 from mendlm.refiners._completion import Completion
 
+MAX_GROWTH = 1e7  # of the penalty in all: of the code of [2]
+
 
 @dataclass
 class _State:
@@ -21,6 +23,7 @@ class _State:
     S: Tensor
     Y: Tensor  # multiplier of W = S + L
     mu: float
+    max_mu: float
     left: Tensor  # of the leading k triplets of L
     right: Tensor
     violation: float = float("inf")
@@ -38,7 +41,7 @@ class PCP(AbstractRefiner):
     rank : k, 0 <= k <= min(d_out, d_in), of the final L. 0 is plain pruning.
     n_iter : most iterations, each a full SVD, >= 1.
     weight : lam in units of ``1 / sqrt(max(d_out, d_in))``, the value of the theory; 0 leaves the nuclear norm alone.
-    growth : factor of the penalty per iteration, >= 1.
+    growth : factor of the penalty per iteration, >= 1, until it is 1e7 times the first one.
     tol : stop when ``||W - S - L||_F <= tol * ||W||_F``.
 
     Raises
@@ -90,12 +93,16 @@ class PCP(AbstractRefiner):
     def init(self, problem: Problem) -> _State:
         """S = 0, and the multiplier and penalty of [2]."""
         W = problem.W
+        if self.rank == 0:  # no step follows, and W may be empty
+            zero = torch.zeros_like(W)
+            return _State(Completion(W, problem.mask), zero, zero, 1.0, 1.0, *problem.no_factors)
         spectral = float(torch.linalg.matrix_norm(W, 2)) if W.any() else 1.0
         lam = self._lam(W)
         # With lam = 0 no multiplier but zero is feasible.
         Y = W / max(spectral, float(W.abs().max()) / lam) if lam > 0 else torch.zeros_like(W)
-        empty = problem.no_factors
-        return _State(Completion(W, problem.mask), torch.zeros_like(W), Y, 1.25 / spectral, *empty)
+        mu = 1.25 / spectral
+        completion = Completion(W, problem.mask)
+        return _State(completion, torch.zeros_like(W), Y, mu, MAX_GROWTH * mu, *problem.no_factors)
 
     def step(self, problem: Problem, state: _State, t: int) -> tuple[_State, Progress]:
         """L, S, multiplier, penalty."""
@@ -107,7 +114,7 @@ class PCP(AbstractRefiner):
         state.S = torch.sgn(target) * (target.abs() - self._lam(W) / mu).clamp_min(0) * problem.mask
         gap = W - L - state.S
         state.Y = state.Y + mu * gap
-        state.mu = mu * self.growth
+        state.mu = min(mu * self.growth, state.max_mu)
         root = sigma[:k].sqrt()
         state.left, state.right = U[:, :k] * root, root[:, None] * Vh[:k]
         state.violation = float(torch.linalg.vector_norm(gap)) / max(float(torch.linalg.vector_norm(W)), 1e-300)
