@@ -90,6 +90,11 @@ def test_tiles_equal_sorting_of_their_sums(data: st.DataObject, W: torch.Tensor)
     np.testing.assert_array_equal(select_mask(W, "magnitude", pattern).numpy(), expected)
 
 
+def test_halves_are_rounded_to_the_even_number_of_zeros() -> None:
+    assert [Unstructured(0.5).n_kept(size) for size in (1, 3, 5, 7)] == [1, 1, 3, 3]
+    assert [Tiles(0.5).n_kept(size) for size in (1, 3, 5, 7)] == [1, 1, 3, 3]
+
+
 @pytest.mark.parametrize("size", [1.0, 1e-25, 1e25])
 def test_the_mask_of_the_largest_leaves_the_nearest_matrix(size: float) -> None:
     x = torch.randn(16, 24, generator=torch.Generator().manual_seed(0)) * size

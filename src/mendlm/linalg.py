@@ -272,7 +272,8 @@ class SubspaceIteration:
     Right when M changes little from call to call, which is what alternating projections do. Each step costs two
     products of M with a block of ``c = rank + oversampling`` columns (4 d_out d_in c flops), an orthonormalization and
     a c x c symmetric eigenproblem (Rayleigh-Ritz), where a full SVD costs some 20 d_out d_in min(d_out, d_in). With a
-    Gram matrix it is three products, and a power step with ``M G M.T``.
+    Gram matrix it is three products, and a power step with ``M G M.T``. In the columns that are new to the block,
+    directions whose singular value is below about sqrt(eps) of the first are lost.
 
     Parameters
     ----------

@@ -54,7 +54,7 @@ class Unstructured:
         return d_out * d_in if self.scope == "tensor" else d_in
 
     def n_kept(self, group_size: int) -> int:
-        """Entries kept of a group: the nearest integer to (1 - sparsity) * group_size, halves pruned less."""
+        """Entries kept of a group: all but sparsity * group_size, rounded, halves to the even number."""
         return group_size - round(self.sparsity * group_size)
 
     def __str__(self) -> str:
@@ -169,7 +169,7 @@ class Tiles:
         return (d_out // self.rows) * (d_in // self.cols)
 
     def n_kept(self, group_size: int) -> int:
-        """Tiles kept: the nearest integer to (1 - sparsity) * group_size, halves pruned less."""
+        """Tiles kept: all but sparsity * group_size, rounded, halves to the even number."""
         return group_size - round(self.sparsity * group_size)
 
     def __str__(self) -> str:

@@ -36,6 +36,9 @@ class InputAccumulator:
     -----
     Memory: ``8 d_in ** 2`` bytes with the Gram matrix, ``16 d_in`` for the means. Cost of `add`: about ``d_in ** 2``
     multiply-adds a row with the Gram matrix, ``d_in`` without.
+
+    Squares are rounded to float32, so that ``second_moment - mean ** 2`` has no digit of the variance of an input whose
+    mean is 3,000 and more times its standard deviation.
     """
 
     def __init__(self, d_in: int, *, gram: bool, device: torch.device) -> None:

@@ -20,7 +20,8 @@ from mendlm.patterns import Scope
 class RIA(AbstractCriterion):
     """(|W_ij| / sum_j |W_ij| + |W_ij| / sum_i |W_ij|) ||X_j||_2^a, float32 (float64 for float64 `W`).
 
-    A weight counts by its share of its row and of its column, so that no input or output loses all its weights.
+    A weight counts by its share of its row and of its column, so that no input or output goes because all its weights
+    are small. One whose weights are all alike can: in the tensor scope it loses all from some sparsity on.
 
     Parameters
     ----------

@@ -105,8 +105,8 @@ class JointADMM(AbstractRefiner):
 
     First a three-block ADMM whose penalty grows step by step, so that S is drawn into the pattern slowly, while L
     follows it in every iteration; it settles the mask. Then S and L by turns on that mask, as `AcceleratedTLR` does in
-    the Gram metric, until the objective stalls; it never rises there. The mask that is given is not used, so the
-    criterion may be the cheapest (magnitude).
+    the Gram metric, until the objective stalls; it never rises there, up to rounding. The mask that is given is not
+    used, so the criterion may be the cheapest (magnitude).
 
     Parameters
     ----------
