@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy as copying
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 
 import mendlm
 from mendlm import AcceleratedTLR, Recipe, Unstructured, refine, select_mask
@@ -95,6 +97,37 @@ def test_saving_writes_the_same_packed_tensors(packed: Path, tmp_path: Path, run
     configs = [json.loads((folder / "config.json").read_text()) for folder in (packed, tmp_path)]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
     assert torch.equal(logits(mendlm.load(tmp_path)), logits(mendlm.load(packed)))
+
+
+@pytest.mark.parametrize("runtime", CPU_RUNTIMES)
+def test_torch_saves_what_a_model_holds_and_no_more(packed: Path, tmp_path: Path, runtime: str) -> None:
+    """Each tensor has a storage of its own over the mapped file, which is neither copied nor written to."""
+    before = (packed / "model.safetensors").read_bytes()
+    model = mendlm.load(packed, runtime=runtime)
+    expected, state = logits(model), model.state_dict()
+    n_bytes = sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in state.values()}.values())
+    torch.save(state, tmp_path / "state.pt")
+    pickled = pickle.dumps(model)
+    for size in ((tmp_path / "state.pt").stat().st_size, len(pickled)):
+        assert size < 1.1 * n_bytes + 2000 * (len(state) + 100)  # names, headers and the modules
+    save_model(model, tmp_path / "state.safetensors")
+    for parameter in model.parameters():
+        parameter.detach().zero_()
+    model.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(pickle.loads(pickled)), expected)
+    assert torch.equal(logits(copying.deepcopy(model)), expected)
+    load_model(model, tmp_path / "state.safetensors")
+    assert torch.equal(logits(model), expected)
+    assert (packed / "model.safetensors").read_bytes() == before
+
+
+def test_tensors_that_are_not_aligned_are_read(packed: Path, copy: Path) -> None:
+    file = copy / "model.safetensors"
+    raw = file.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    file.write_bytes((end - 8 + 1).to_bytes(8, "little") + raw[8:end] + b" " + raw[end:])
+    assert torch.equal(logits(mendlm.load(copy, runtime="packed")), logits(mendlm.load(packed, runtime="packed")))
 
 
 def test_a_merged_model_is_saved_dense(packed: Path, tmp_path: Path) -> None:

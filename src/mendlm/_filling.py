@@ -38,7 +38,8 @@ class Awaited(nn.Module):
 class PackedFiles:
     """The safetensors files of a packed checkpoint, opened by memory map; writing to a tensor does not change the file.
 
-    A tensor is a view of the map, in a fifth of the time that safetensors takes for it.
+    A tensor is a part of the map, in a fifth of the time that safetensors takes for it, and has a storage of its own:
+    what saves tensors writes their whole storage, and not one that tensors of several dtypes share.
 
     Parameters
     ----------
@@ -48,11 +49,12 @@ class PackedFiles:
 
     def __init__(self, headers: Mapping[Path, Header], device: Any) -> None:
         self._device = device
-        self._by_name: dict[str, tuple[Tensor, TensorInfo]] = {}
+        self._by_name: dict[str, tuple[Any, int, TensorInfo]] = {}
         for path, header in headers.items():
             size = header.data_start + max((info.end for info in header.tensors), default=0)
-            data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[header.data_start :]
-            self._by_name.update((info.name, (data, info)) for info in header.tensors)
+            # Unlike `mmap`, torch keeps no descriptor of the file open.
+            data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+            self._by_name.update((info.name, (data, header.data_start, info)) for info in header.tensors)
 
     def layer(self, path: str, awaited: Awaited) -> SparseLowRankLinear:
         """The layer at `path` in the checkpoint, packed. A tensor that keeps device and dtype is not copied.
@@ -64,12 +66,16 @@ class PackedFiles:
         return layer.train(awaited.training)
 
     def _read(self, name: str, dtype: torch.dtype | None) -> Tensor:
-        data, info = self._by_name[name]
+        data, data_start, info = self._by_name[name]
         stored = torch.uint8 if dtype is None else FLOATING[info.dtype]
-        raw = data[info.start : info.end]
-        if raw.storage_offset() % stored.itemsize:  # not of mendlm's making, which aligns what it writes
-            raw = raw.clone()
-        return raw.view(stored).view(info.shape).to(device=self._device, dtype=dtype)
+        offset = data_start + info.start
+        if not info.n_bytes:
+            raw = torch.empty(0, dtype=stored)
+        elif offset % stored.itemsize:  # not of mendlm's making, which aligns what it writes
+            raw = torch.frombuffer(data, dtype=torch.uint8, count=info.n_bytes, offset=offset).clone().view(stored)
+        else:
+            raw = torch.frombuffer(data, dtype=stored, count=info.n_bytes // stored.itemsize, offset=offset)
+        return raw.view(info.shape).to(device=self._device, dtype=dtype)
 
 
 def the_one_device(device_map: Any) -> Any:
