@@ -331,6 +331,17 @@ def test_a_family_that_is_not_known_is_compressed_by_include(tmp_path: Path) -> 
         assert_close(logits(mendlm.load(tmp_path / "out", runtime=runtime)), expected)
 
 
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba"])
+def test_a_model_that_reads_the_weight_of_a_layer(tmp_path: Path, name: str) -> None:
+    dense = tmp_path / "dense"
+    build(Kind(name, 4, {"state_size": 4, "time_step_rank": 4})).save_pretrained(dense)
+    recipe = RECIPE.model_copy(update={"include": ("*_proj.weight",)})
+    mendlm.compress(dense, tmp_path / "out", recipe)
+    expected = logits(mendlm.load(twin(dense, tmp_path / "twin", recipe)))
+    for runtime in CPU_RUNTIMES:
+        assert_close(logits(mendlm.load(tmp_path / "out", runtime=runtime)), expected)
+
+
 def test_transposed_weights_of_a_family_that_is_not_known_are_refused(
     saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

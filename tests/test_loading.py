@@ -397,8 +397,8 @@ def test_what_can_be_trained(packed: Path) -> None:
     assert all(p.requires_grad for p in mendlm.load(packed).parameters())  # merged: an ordinary dense model
     factored = mendlm.load(packed, runtime="factored")
     validate_quantization_for_training(factored)
-    assert {n.rpartition(".")[2] for n, p in factored.named_parameters() if not p.requires_grad} == {"weight"}
-    assert not factored.get_submodule("model.layers.0.mlp.up_proj").weight.requires_grad
+    assert {n.rpartition(".")[2] for n, p in factored.named_parameters() if not p.requires_grad} == {"S"}
+    assert not factored.get_submodule("model.layers.0.mlp.up_proj").S.requires_grad
 
 
 def test_registration_survives_a_reload(packed: Path) -> None:

@@ -60,7 +60,7 @@ def test_packed_and_factored_convert_without_loss() -> None:
         layer.weight_values[4] = 0.0  # a kept entry may be zero
     before = {name: t.clone() for name, t in layer.packed_tensors().items()}
     layer.set_runtime("factored")
-    assert {"weight", "weight_bitmask", "lora_A", "lora_B", "bias"} == {
+    assert {"S", "weight_bitmask", "lora_A", "lora_B", "bias"} == {
         *dict(layer.named_parameters()),
         *dict(layer.named_buffers()),
     }
@@ -93,6 +93,30 @@ def test_only_the_factors_are_trained(runtime: str) -> None:
     layer(torch.ones(2, 20)).sum().backward()
     trained = {name for name, p in layer.named_parameters() if p.grad is not None}
     assert trained == {"lora_A", "lora_B", "bias"}
+
+
+@pytest.mark.parametrize("runtime", CPU_RUNTIMES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_weight_is_that_of_the_whole_layer(runtime: str, dtype: torch.dtype) -> None:
+    """Some models multiply with it themselves (Mamba): S alone would be another function."""
+    layer, dense = make_layer(dtype=dtype)
+    layer.set_runtime(runtime)
+    size = float(dense.abs().max()) + 4
+    torch.testing.assert_close(layer.weight.double(), dense, rtol=0, atol=2 * torch.finfo(dtype).eps * size)
+    assert layer.weight.dtype == dtype
+    if runtime == "merged":
+        assert layer.weight is dict(layer.named_parameters())["weight"]
+        return
+    x = torch.randn(3, 20, generator=torch.Generator().manual_seed(1)).to(dtype)
+    factors = layer.lora_A, layer.lora_B
+    found, expected = (
+        torch.autograd.grad(y.square().sum(), factors) for y in (x @ layer.weight.T + layer.bias, layer(x))
+    )
+    for g, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=0, atol=64 * torch.finfo(dtype).eps * float(e.abs().max()))
+    assert "weight" not in dict(layer.named_parameters())
+    with pytest.raises(KeyError, match="already exists"):
+        layer.weight = torch.nn.Parameter(layer.weight.detach())
 
 
 def test_merged_is_final() -> None:

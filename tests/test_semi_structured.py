@@ -181,7 +181,7 @@ def check_forward(layer: SparseLowRankLinear, start: str) -> None:
     before = {name: t.clone() for name, t in layer.state_dict().items()}
     factored = copy.deepcopy(layer)
     factored.set_runtime("factored")
-    dense = (factored.weight.double() + layer.lora_B.double() @ layer.lora_A.double()).cpu()
+    dense = (factored.S.double() + layer.lora_B.double() @ layer.lora_A.double()).cpu()
     layer.set_runtime(start)
     layer.set_runtime("semi-structured")
     dtype = layer.lora_A.dtype

@@ -26,13 +26,14 @@ class Awaited(nn.Module):
     Parameters
     ----------
     in_features : d_in.
+    weight : what it shows as its weight; not a parameter.
     dtype : of the layer to come.
     bias : parameter of the dense layer, or None.
     """
 
-    def __init__(self, in_features: int, dtype: torch.dtype, bias: nn.Parameter | None) -> None:
+    def __init__(self, in_features: int, weight: Tensor, dtype: torch.dtype, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.in_features, self.dtype, self.bias = in_features, dtype, bias
+        self.in_features, self.weight, self.dtype, self.bias = in_features, weight, dtype, bias
 
 
 class PackedFiles:

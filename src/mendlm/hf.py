@@ -165,7 +165,7 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
             _check_stored(path, packed_shapes(d_out, d_in, n_kept, rank), stored)
             layer: nn.Module
             if filled_here and not any(may_match(pattern, f"{place}.{part}") for pattern in wide for part in PARTS):
-                layer = Awaited(d_in, dense.weight.dtype, dense.bias)
+                layer = Awaited(d_in, shown, dense.weight.dtype, dense.bias)
                 untold |= {path, names.renamed(path), place}
             else:
                 layer = SparseLowRankLinear(
@@ -177,7 +177,7 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
                     dtype=dense.weight.dtype,
                     device="meta",
                 )
-            object.__setattr__(layer, "weight", shown)
+                layer.show(shown)
             _put(modules, place, layer.train(dense.training))
         _pass_over(model, (f"{name}\\.({'|'.join(PARTS)})" for name in set(map(any_index, untold))))
 
@@ -208,7 +208,7 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
                 layer = packed.layer(self._sources[place], layer)
                 _put(modules, place, layer)
             else:
-                object.__delattr__(layer, "weight")
+                layer.show(None)
                 layer.weight_values.requires_grad_(False)
             if layer.weight_values.is_meta:
                 _check_offload(path, config.runtime)

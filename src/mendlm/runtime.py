@@ -89,6 +89,8 @@ class SparseLowRankLinear(nn.Module):
     runtime: str
     _half_of: int  # for the kernels, see `mendlm.packing.half_of`
     bias: nn.Parameter | None
+    S: nn.Parameter  # dense, in the factored runtime
+    _shown: Tensor | None = None
     _sparse: Tensor  # S in the semi-structured runtime, and B beside it if `lora_B` is no parameter
     _trains_b: bool  # what B's `requires_grad` was then
     row_starts: Tensor | None
@@ -158,16 +160,40 @@ class SparseLowRankLinear(nn.Module):
         alone = not self._needs_grad(x) and not torch.is_autocast_enabled(x.device.type)
         return kernels.add_low_rank(y, x, self.lora_A, self.lora_B, in_place=alone)
 
+    @property
+    def weight(self) -> Tensor:
+        """W' = S + B A (d_out, d_in), for models that read it instead of calling the layer (Mamba).
+
+        A parameter in the merged runtime. In the others it is computed at every access, rounded once, with gradients
+        for what can be trained; writing into it changes nothing.
+        """
+        held = self._parameters.get("weight") if self._shown is None else self._shown
+        if held is not None:
+            return held
+        if self.runtime != "semi-structured":
+            return self._computed_weight()
+        with torch.no_grad():
+            weight = self._computed_weight()
+        return self._refusing_gradients(weight)
+
+    def show(self, weight: Tensor | None) -> None:
+        """Let `weight` be this tensor while the layer is being filled; None ends that."""
+        self._shown = weight
+
     def _multiply_semi_structured(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             y = semi_structured.multiply(x, self._sparse, self.lora_A, self.bias)
             if self._holds_B():
                 alone = not torch.is_autocast_enabled(x.device.type)
                 y = kernels.add_low_rank(y, x, self.lora_A, self.lora_B, in_place=alone)
+        return self._refusing_gradients(y, x)
+
+    def _refusing_gradients(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        """`y`, computed from `inputs` and the layer; a backward pass through it is an error."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return y
-        inputs = [t for t in (x, *self.parameters(recurse=False)) if t.requires_grad]
-        return _NoGradient.apply(y, *inputs) if inputs else y  # type: ignore[no-untyped-call]
+        needing = [t for t in (*inputs, *self.parameters(recurse=False)) if t.requires_grad]
+        return _NoGradient.apply(y, *needing) if needing else y  # type: ignore[no-untyped-call]
 
     def set_runtime(self, runtime: str) -> None:
         """Change the runtime in place; between all but the merged one without any loss (of the sign of zeros at most).
@@ -192,7 +218,7 @@ class SparseLowRankLinear(nn.Module):
                 self._hold_sparse(sparse)
             elif runtime == "factored":
                 self._forget_S(B)
-                self._set_weight(S)
+                self.S = nn.Parameter(S, requires_grad=False)
             else:
                 values = S[self._mask()]
                 self._forget_S(B)
@@ -257,7 +283,11 @@ class SparseLowRankLinear(nn.Module):
         if self.runtime == "semi-structured":
             S, B = semi_structured.split(self._sparse, self.in_features, self.rank)
             return S, self.lora_B if B is None else B
-        return self.weight if self.runtime == "factored" else self._unpacked(), self.lora_B
+        return self.S if self.runtime == "factored" else self._unpacked(), self.lora_B
+
+    def _computed_weight(self) -> Tensor:
+        S, B = self._S_and_B()
+        return merge(S, B, self.lora_A, S.dtype)
 
     def _compressed(self, S: Tensor, bitmask: Tensor, lora_B: Tensor) -> Tensor:
         reason = semi_structured.obstacle(bitmask, self.in_features, S.dtype, S.device)
@@ -276,17 +306,14 @@ class SparseLowRankLinear(nn.Module):
         """Drop S as the runtime has it; B is a parameter afterwards."""
         if not self._holds_B():
             self.lora_B = nn.Parameter(B, requires_grad=self._trains_b)
-        delattr(self, {"packed": "weight_values", "factored": "weight", "semi-structured": "_sparse"}[self.runtime])
+        delattr(self, {"packed": "weight_values", "factored": "S", "semi-structured": "_sparse"}[self.runtime])
         self.row_starts = None
-
-    def _set_weight(self, weight: Tensor, *, trainable: bool = False) -> None:
-        self.weight = nn.Parameter(weight, requires_grad=trainable)
 
     def _merge(self, S: Tensor, B: Tensor) -> None:
         merged = merge(S, B, self.lora_A, S.dtype)
         self._forget_S(B)
         del self.lora_A, self.lora_B, self.weight_bitmask, self.row_starts
-        self._set_weight(merged, trainable=True)  # an ordinary dense layer now
+        self._parameters["weight"] = nn.Parameter(merged)  # an ordinary dense layer now
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Refuse what torch's semi-structured tensors do not do."""
@@ -306,7 +333,7 @@ class SparseLowRankLinear(nn.Module):
         """S is saved packed, whatever it looks like in memory."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.runtime in ("factored", "semi-structured"):
-            destination.pop(prefix + "weight", None)
+            destination.pop(prefix + "S", None)
             packed = self.packed_tensors()
             for name in (VALUES, LORA_B):
                 destination[prefix + name] = packed[name] if keep_vars else packed[name].detach()
@@ -320,7 +347,7 @@ class SparseLowRankLinear(nn.Module):
             S = None if values is None else scatter(values, bitmask, self.in_features)
             B = None if self._holds_B() else state_dict.pop(prefix + LORA_B, None)
             if self.runtime == "factored" and S is not None:
-                state_dict[prefix + "weight"] = S
+                state_dict[prefix + "S"] = S
             elif self.runtime == "semi-structured" and not (S is None and B is None):
                 S = self._S_and_B()[0] if S is None else S
                 if B is None:
