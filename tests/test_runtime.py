@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from mendlm.errors import CheckpointError, UsageError
-from mendlm.packing import pack_mask
+from mendlm.packing import pack_mask, unpack_mask
 from mendlm.runtime import SparseLowRankLinear
 from tiny import CPU_RUNTIMES
+
+EPS32 = torch.finfo(torch.float32).eps
 
 
 def make_layer(
@@ -93,6 +95,32 @@ def test_only_the_factors_are_trained(runtime: str) -> None:
     layer(torch.ones(2, 20)).sum().backward()
     trained = {name for name, p in layer.named_parameters() if p.grad is not None}
     assert trained == {"lora_A", "lora_B", "bias"}
+
+
+@pytest.mark.parametrize("runtime", ["factored", "packed"])
+@pytest.mark.parametrize("alone", [False, True], ids=["all", "S alone"])
+def test_S_keeps_its_zeros_where_it_is_trained_too(runtime: str, alone: bool) -> None:
+    layer, _ = make_layer()
+    layer.set_runtime(runtime)
+    layer.requires_grad_(not alone)
+    S = (layer.S if runtime == "factored" else layer.weight_values).requires_grad_()
+    x = torch.randn(6, 20, generator=torch.Generator().manual_seed(1))
+    mask = unpack_mask(layer.weight_bitmask, 20)
+    with torch.no_grad():
+        before, error = S.clone(), layer(x)
+    expected = (2 * error.T @ x).where(mask, 0)  # of the sum of squares
+    layer(x).square().sum().backward()
+    found = S.grad if runtime == "factored" else torch.zeros(12, 20).masked_scatter(mask, S.grad)
+    torch.testing.assert_close(found, expected, rtol=0, atol=64 * EPS32 * float(expected.abs().max()))
+    torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1).step()
+    assert not torch.equal(S, before)
+    again, _ = make_layer()
+    again.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), layer(x), rtol=0, atol=64 * EPS32 * float(error.abs().max()))
+    other = "packed" if runtime == "factored" else "factored"
+    layer.set_runtime(other)
+    assert (layer.S if other == "factored" else layer.weight_values).requires_grad
 
 
 @pytest.mark.parametrize("runtime", CPU_RUNTIMES)

@@ -70,8 +70,8 @@ class SparseLowRankLinear(nn.Module):
 
     A new module is in the packed runtime with uninitialised tensors, named as in the checkpoint, so that a loader can
     fill them: `weight_values` (n_kept,), `weight_bitmask` (d_out, ceil(d_in / 8)) uint8, `lora_A` (rank, d_in),
-    `lora_B` (d_out, rank). `set_runtime` then turns it into the runtime wanted. S is frozen; A and B can be trained in
-    the factored and packed runtimes, which keeps the zeros of S.
+    `lora_B` (d_out, rank). `set_runtime` then turns it into the runtime wanted. A and B can be trained in the factored
+    and packed runtimes; so can S, which is frozen at first: its zeros get no gradient.
 
     Parameters
     ----------
@@ -210,6 +210,7 @@ class SparseLowRankLinear(nn.Module):
             raise UsageError(f"a merged layer cannot become {runtime}: S, B and A are gone. Load the checkpoint again.")
         with torch.no_grad():
             S, B = self._S_and_B()
+            trains_S = self._trains_S()
             if runtime == "merged":
                 self._merge(S, B)
             elif runtime == "semi-structured":
@@ -218,11 +219,11 @@ class SparseLowRankLinear(nn.Module):
                 self._hold_sparse(sparse)
             elif runtime == "factored":
                 self._forget_S(B)
-                self.S = nn.Parameter(S, requires_grad=False)
+                self.S = nn.Parameter(S, requires_grad=trains_S)
             else:
                 values = S[self._mask()]
                 self._forget_S(B)
-                self.weight_values = nn.Parameter(values, requires_grad=False)
+                self.weight_values = nn.Parameter(values, requires_grad=trains_S)
         self.runtime = runtime
 
     def packed_tensors(self) -> dict[str, Tensor]:
@@ -260,7 +261,7 @@ class SparseLowRankLinear(nn.Module):
 
     def _unpacked(self) -> Tensor:
         """Dense S (d_out, d_in); shapes were checked when the layer was loaded."""
-        if kernels.unpacks(self.weight_values):
+        if kernels.unpacks(self.weight_values) and not (self._trains_S() and torch.is_grad_enabled()):
             packed_S = self.weight_values, self._bitmask, self._row_starts()
             return kernels.unpack(*packed_S, self.in_features, self._half_of)
         return scatter(self.weight_values, self._bitmask, self.in_features)
@@ -272,7 +273,11 @@ class SparseLowRankLinear(nn.Module):
 
     def _needs_grad(self, x: Tensor) -> bool:
         tensors = (x, self.lora_A, self.lora_B, self.bias)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return torch.is_grad_enabled() and (self._trains_S() or any(t is not None and t.requires_grad for t in tensors))
+
+    def _trains_S(self) -> bool:
+        held = self._parameters.get("S" if self.runtime == "factored" else VALUES)
+        return held is not None and held.requires_grad
 
     def _holds_B(self) -> bool:
         """Whether B is a parameter of the layer; otherwise it is a part of `_sparse`."""
@@ -283,7 +288,11 @@ class SparseLowRankLinear(nn.Module):
         if self.runtime == "semi-structured":
             S, B = semi_structured.split(self._sparse, self.in_features, self.rank)
             return S, self.lora_B if B is None else B
-        return self.S if self.runtime == "factored" else self._unpacked(), self.lora_B
+        if self.runtime == "packed":
+            return self._unpacked(), self.lora_B
+        # Trained without the mask, S would fill up, and be saved without what came into its zeros.
+        masked = self._trains_S() and torch.is_grad_enabled()
+        return self.S.where(self._mask(), 0) if masked else self.S, self.lora_B
 
     def _computed_weight(self) -> Tensor:
         S, B = self._S_and_B()
