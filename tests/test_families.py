@@ -162,6 +162,7 @@ def test_include_replaces_and_exclude_takes_away() -> None:
     assert choose("llama", NAMES, NAMES, exclude=("*.layers.0.*",)) == (NAMES[3],)
     assert choose("unheard-of", NAMES, NAMES, include=("*.q_proj.weight",)) == (NAMES[1],)
     assert choose(None, NAMES, NAMES, include=("*",), exclude=("*embed*",)) == NAMES[1:]
+    assert choose("llama", NAMES, NAMES, tied=True) == NAMES[1:4]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +176,7 @@ def test_include_replaces_and_exclude_takes_away() -> None:
         ("llama", {"exclude": ["*.LAYERS.*"]}, r"--exclude '\*\.LAYERS\.\*' matches no tensor"),
         ("llama", {"exclude": ["*"]}, r"--exclude leaves no tensor to compress"),
         ("llama", {"include": ["*"]}, r"'model\.embed_tokens\.weight' is an embedding"),
+        ("llama", {"include": ["lm_*"], "tied": True}, r"'lm_head\.weight' is tied .* Add --exclude 'lm_head\.weight'"),
     ],
 )
 def test_bad_choice(model_type: str | None, options: dict[str, Any], message: str) -> None:

@@ -368,6 +368,21 @@ def test_modules_kept_in_float32_stay_so(packed: Path, monkeypatch: pytest.Monke
     assert not block.down_proj.weight_values.requires_grad
 
 
+def test_an_output_layer_that_is_tied_is_refused(make_tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    """Checkpoints may hold both tensors nevertheless."""
+    source, out = make_tiny_llama(tied=False), tmp_path / "out"
+    recipe = Recipe(include=("lm_head.weight",), **RECIPE)
+    mendlm.compress(source, out, recipe)
+    for folder in (source, out):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(UsageError, match=r"'lm_head\.weight' is tied to the embedding"):
+        mendlm.compress(source, tmp_path / "other", recipe)
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(CheckpointError, match=r"layer 'lm_head' whose weight LlamaForCausalLM ties to the embedding"):
+        mendlm.load(out)
+
+
 def test_a_state_dict_is_refused(packed: Path) -> None:
     from transformers import LlamaForCausalLM
 

@@ -112,6 +112,7 @@ FAMILIES: dict[str, Family] = {
 
 # Looked up by row, not multiplied: the packed layout and its modules are for matrix products.
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|embed_positions|embed_in|word_embeddings|wte|wpe)\.weight$")
+_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
 _BLOCK_LISTS = "|".join(sorted({family.blocks for family in FAMILIES.values()}))
 _IN_BLOCK = re.compile(rf"((?:.*?\.)?(?:{_BLOCK_LISTS}))\.(\d+)\.(.+)", re.DOTALL)
 _EXPERT_NAMES = "|".join(sorted({name for layout in EXPERT_LAYOUTS for name in layout.names}))
@@ -194,6 +195,7 @@ def choose_tensors(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    tied: bool = False,
 ) -> tuple[str, ...]:
     """Names of the tensors to compress, in the order of `candidates`.
 
@@ -204,11 +206,12 @@ def choose_tensors(
     all_names : every tensor of the checkpoint.
     include : globs (`fnmatch`, case-sensitive). If given, exactly the candidates that match any of them are chosen.
     exclude : globs; what they match is taken out of the choice.
+    tied : whether the output layer is the embedding (``tie_word_embeddings``); a checkpoint may hold both nevertheless.
 
     Raises
     ------
-    UsageError : unknown `model_type` without `include`; a glob that matches nothing; an embedding included; nothing
-        chosen.
+    UsageError : unknown `model_type` without `include`; a glob that matches nothing; an embedding, or an output
+        layer tied to one, included; nothing chosen.
     """
     if include:
         for glob in include:
@@ -233,6 +236,11 @@ def choose_tensors(
             raise UsageError(
                 f"{name!r} is an embedding: its rows are looked up, so it cannot be stored as sparse + low-rank. "
                 f"Add --exclude {name!r}."
+            )
+        if tied and _HEAD.search(name):
+            raise UsageError(
+                f"{name!r} is tied to the embedding, as tie_word_embeddings in config.json is true, so it cannot be "
+                f"stored as sparse + low-rank. Add --exclude {name!r}, or set that to false if the two differ."
             )
     return tuple(chosen)
 

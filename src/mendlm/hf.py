@@ -158,9 +158,16 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         wide = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
         untold, shown, modules = set[str](), _initialized(), _modules(model)
+        tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
         for path, facts in self.quantization_config.modules.items():
             place = places[path]
             dense, d_out, d_in = _dense_layer(model, path, modules.get(place))
+            if f"{place}.weight" in {*tied, *tied.values()}:
+                raise CheckpointError(
+                    f"the checkpoint has a compressed linear layer {path!r} whose weight {type(model).__name__} ties "
+                    "to the embedding, as tie_word_embeddings in config.json is true. Compress the model again "
+                    f"without {path!r}."
+                )
             n_kept, rank = _facts(path, facts)
             _check_stored(path, packed_shapes(d_out, d_in, n_kept, rank), stored)
             layer: nn.Module

@@ -78,7 +78,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, sparsities: Mapping[str, f
     shard_of = {name: shard for shard in checkpoint.shards for name in shard.header.by_name}
     names = sorted(shard_of, key=lambda name: (shard_of[name].name, natural_key(name)))
     infos = {name: shard_of[name].header.by_name[name] for name in names}
-    chosen = _choose(checkpoint.model_type, infos, recipe)
+    chosen = _choose(checkpoint, infos, recipe)
     tensors: list[PlannedTensor] = []
     for name, info in infos.items():
         shard = shard_of[name].name
@@ -96,14 +96,19 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, sparsities: Mapping[str, f
     return CompressionPlan(checkpoint.folder, recipe, tuple(tensors), totals)
 
 
-def _choose(model_type: str | None, infos: Mapping[str, TensorInfo], recipe: Recipe) -> set[str]:
+def _choose(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], recipe: Recipe) -> set[str]:
     """Names of the tensors to compress."""
+    model_type, config = checkpoint.model_type, checkpoint.config
+    of_text = config.get("text_config")  # of a model that sees, too
+    tied = config.get("tie_word_embeddings", of_text.get("tie_word_embeddings") if isinstance(of_text, dict) else None)
     candidates = [
         name
         for name, info in infos.items()
         if 0 not in info.shape and info.dtype in FLOATING and can_be_compressed(model_type, name, len(info.shape))
     ]
-    chosen = choose_tensors(model_type, candidates, tuple(infos), include=recipe.include, exclude=recipe.exclude)
+    chosen = choose_tensors(
+        model_type, candidates, tuple(infos), include=recipe.include, exclude=recipe.exclude, tied=tied is True
+    )
     if not recipe.skip_layers:
         return set(chosen)
     skipped = _skipped_blocks(model_type, infos, recipe.skip_layers)
