@@ -20,7 +20,6 @@ import mendlm
 from mendlm import AcceleratedTLR, Recipe, Unstructured, refine, select_mask
 from mendlm.errors import CheckpointError, MendError, UsageError
 from mendlm.execution.tensor import tensor_generator
-from mendlm.runtime import SparseLowRankLinear
 from tiny import CPU_RUNTIMES
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -62,10 +61,13 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("runtime", CPU_RUNTIMES)
 def test_logits_equal_those_of_a_dense_model(twin: torch.nn.Module, packed: Path, runtime: str) -> None:
     model = mendlm.load(packed, runtime=runtime)
-    layers = [m for m in model.modules() if isinstance(m, SparseLowRankLinear)]
+    layers = [m for name, m in model.named_modules() if name.endswith("_proj")]
     assert len(layers) == 14
-    assert {layer.runtime for layer in layers} == {runtime}
-    assert not model.training
+    if runtime == "merged":
+        assert {type(layer) for layer in layers} == {torch.nn.Linear}
+    else:
+        assert {layer.runtime for layer in layers} == {runtime}
+    assert not any(module.training for module in model.modules())
     expected = logits(twin)
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=256 * EPS32 * float(expected.abs().max()))
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight  # tied as before
@@ -138,6 +140,23 @@ def test_a_merged_model_is_saved_dense(packed: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(mendlm.load(tmp_path)), logits(model))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's use of it
+def test_a_merged_model_has_linear_layers_for_other_tools(make_tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    """PEFT and resizing go by the type of a module."""
+    from peft import LoraConfig, get_peft_model
+
+    recipe = Recipe(include=("*_proj.weight", "lm_head.weight"), **RECIPE)
+    mendlm.compress(make_tiny_llama(tied=False), tmp_path / "out", recipe)
+    model = mendlm.load(tmp_path / "out")
+    expected = logits(model)
+    for targets, n_adapted in ((["q_proj", "v_proj"], 4), ("all-linear", 14)):
+        adapted = get_peft_model(copying.deepcopy(model), LoraConfig(r=2, target_modules=targets))
+        assert sum(name.endswith(".lora_A.default") for name, _ in adapted.named_modules()) == n_adapted
+        assert torch.equal(logits(adapted), expected)  # B is zero at first
+    model.resize_token_embeddings(300)
+    assert torch.equal(logits(model)[..., :258], expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_another_dtype_in_memory(packed: Path, dtype: torch.dtype) -> None:
     model = mendlm.load(packed, runtime="packed", dtype=dtype)
@@ -174,7 +193,7 @@ import sys
 {imports}
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-print("opened", type(model.model.layers[0].mlp.up_proj).__name__)
+print("opened", model.model.layers[0].mlp.up_proj.weight.count_nonzero().item())
 """
 
 
@@ -192,7 +211,7 @@ def test_without_mendlm_it_fails_loudly(packed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("imports", ["import mendlm", "import transformers\nimport mendlm", "import mendlm.errors"])
 def test_any_order_of_imports_works(packed: Path, imports: str) -> None:
     run = run_python(OPEN_WITH.format(imports=imports), packed)
-    assert run.stdout.strip() == "opened SparseLowRankLinear", run.stderr
+    assert run.stdout.strip() == f"opened {96 * 64}", run.stderr  # merged: no zeros are left
     assert "LOAD REPORT" not in run.stderr  # not a word about the guard
 
 

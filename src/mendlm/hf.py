@@ -232,11 +232,13 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _restore(self, model: Any) -> None:
-        """Put back the modules of transformers that a merged `SparseLowRankLinear` is no substitute for."""
+        """Put dense modules in the place of merged layers: what looks for linear layers (PEFT) goes by their type."""
+        modules = _modules(model)
         for path, place in self.paths.items():
-            layer = model.get_submodule(place)
-            if is_transposed(model.config.model_type, f"{path}.weight"):
-                model.set_submodule(place, _conv1d(layer))
+            expert = split_expert(place)
+            if expert is None or expert[0] not in self.experts:
+                transposed = is_transposed(model.config.model_type, f"{path}.weight")
+                _put(modules, place, (_conv1d if transposed else _linear)(modules[place]))
         for place in self.experts:
             experts = model.get_submodule(place)
             if any(weight.is_meta for weight in experts.parameters()):
@@ -485,6 +487,14 @@ def _conv1d(layer: SparseLowRankLinear) -> nn.Module:
     conv.weight = nn.Parameter(layer.weight.detach().T.contiguous())
     conv.register_parameter("bias", layer.bias)
     return conv.train(layer.training)
+
+
+def _linear(layer: SparseLowRankLinear) -> nn.Module:
+    """An `nn.Linear` with the weight and the bias of a merged layer."""
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.register_parameter("weight", nn.Parameter(layer.weight.detach()))
+    linear.register_parameter("bias", layer.bias)
+    return linear.train(layer.training)
 
 
 def _submodule(model: Any, path: str) -> nn.Module | None:
