@@ -350,6 +350,42 @@ def test_transposed_weights_of_a_family_that_is_not_known_are_refused(
             mendlm.load(folder)
 
 
+def test_linear_layers_that_compute_something_else_are_refused(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as the block-diagonal ones of DeepSeek-V4, and routers that are linear layers."""
+    from transformers.models.llama import modeling_llama
+
+    from mendlm.hf import module_places
+
+    class TwiceLinear(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    class Mlp(modeling_llama.LlamaMLP):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.up_proj = TwiceLinear(H, WIDTH)
+
+    _, dense, packed = saved(DENSE[0])
+    paths = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up")]
+    assert module_places(dense, paths) == dict(zip(paths, paths, strict=True))
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", Mlp)
+    assert module_places(dense, paths) == dict(zip(paths, (paths[0], None), strict=True))
+    with pytest.raises(
+        CheckpointError, match=r"layer 'model\.layers\.\d\.mlp\.up_proj' but .* has a TwiceLinear there"
+    ):
+        mendlm.load(packed)
+
+
+def test_falcon_whose_linear_layers_are_a_class_of_its_own(tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    build(Kind("falcon", 4, {"num_kv_heads": 4, "new_decoder_architecture": False})).save_pretrained(dense)
+    recipe = RECIPE.model_copy(update={"include": ("*.dense*.weight", "*.query_key_value.weight")})
+    mendlm.compress(dense, tmp_path / "out", recipe)
+    expected = logits(mendlm.load(twin(dense, tmp_path / "twin", recipe)))
+    for runtime in CPU_RUNTIMES:
+        assert_close(logits(mendlm.load(tmp_path / "out", runtime=runtime)), expected)
+
+
 def test_a_linear_layer_in_place_of_a_transposed_one_is_refused(
     saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

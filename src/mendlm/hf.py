@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -318,9 +318,10 @@ def module_places(folder: Path, paths: Iterable[str]) -> dict[str, str | None]:
         raise CheckpointError(f"transformers cannot build the model of {str(folder)!r}: {reason[:500]}") from err
     names = _Names(model)
     places = {path: names.in_model(path) for path in paths}
+    modules = {path: _submodule(model, place) for path, place in places.items()}
     return {
-        path: place if isinstance(_submodule(model, place), nn.Linear | Conv1D) else None
-        for path, place in places.items()
+        path: places[path] if isinstance(module, Conv1D) or _multiplies(module) else None
+        for path, module in modules.items()
     }
 
 
@@ -461,7 +462,7 @@ def _dense_layer(model: Any, path: str, module: nn.Module | None) -> tuple[Any, 
     transposed = is_transposed(model.config.model_type, f"{path}.weight")
     if isinstance(module, Conv1D) and transposed:
         d_in, d_out = module.weight.shape
-    elif isinstance(module, nn.Linear) and not transposed:
+    elif _multiplies(module) and not transposed:
         d_out, d_in = module.weight.shape
     else:
         found = "no such module" if module is None else f"a {type(module).__name__} there"
@@ -471,6 +472,17 @@ def _dense_layer(model: Any, path: str, module: nn.Module | None) -> tuple[Any, 
             "config.json does not fit the model, or mendlm does not know how this family keeps its weights."
         )
     return module, d_out, d_in
+
+
+def _multiplies(module: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether a module is a linear layer that computes ``x Wᵀ + bias`` and nothing else.
+
+    Subclasses with a `forward` of their own compute something else: block by block, or a choice of experts. Falcon's
+    computes the same.
+    """
+    if not isinstance(module, nn.Linear):
+        return False
+    return type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
 
 
 def _initialized() -> Tensor:
