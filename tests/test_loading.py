@@ -435,6 +435,29 @@ def test_what_can_be_trained(packed: Path) -> None:
     assert not factored.get_submodule("model.layers.0.mlp.up_proj").S.requires_grad
 
 
+def test_transformers_is_as_it_was_after_loads_at_a_time() -> None:
+    """Whichever of two ends first."""
+    from transformers import modeling_gguf_pytorch_utils as legacy
+    from transformers.utils import logging
+
+    from mendlm._quiet import quiet_transformers
+
+    def switches() -> tuple[object, ...]:
+        return logging.get_verbosity(), logging.is_progress_bar_enabled(), getattr(legacy, "tqdm", None)
+
+    before = switches()
+    for first, second in ((0, 1), (1, 0)):
+        both = quiet_transformers(), quiet_transformers()
+        both[0].__enter__()
+        quiet = switches()
+        assert quiet[:2] == (logging.ERROR, False)
+        both[1].__enter__()
+        both[first].__exit__(None, None, None)
+        assert switches() == quiet
+        both[second].__exit__(None, None, None)
+        assert switches() == before
+
+
 def test_registration_survives_a_reload(packed: Path) -> None:
     reload = "import importlib, mendlm, transformers.quantizers.auto as auto\nimportlib.reload(auto)"
     assert run_python("import sys\n" + reload + "\nassert 'mendlm' in auto.AUTO_QUANTIZER_MAPPING").returncode == 0
