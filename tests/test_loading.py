@@ -286,8 +286,17 @@ def test_wrong_use_is_refused(tiny_llama: Path, packed: Path, tmp_path: Path) ->
 
 def test_an_unreadable_dense_folder_is_one_sentence(tiny_llama: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "broken"))
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(MendError, match=r"transformers cannot open .* no file named model\.safetensors"):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
+    with pytest.raises(MendError, match=r"transformers cannot open .* model type `unheard-of`"):
+        mendlm.load(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(
+        UsageError, match=r"holds its weights as pickles only, e\.g\. 'pytorch_model\.bin'.*Convert once"
+    ):
+        mendlm.load(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(UsageError, match=r"is not a checkpoint: it holds neither model\.safetensors nor"):
         mendlm.load(folder)
 
 

@@ -42,8 +42,8 @@ def load(
 
     Raises
     ------
-    UsageError : no such folder, no config.json, an unknown runtime or device, a runtime for a dense folder, or
-        "semi-structured" where device, dtype or a layer (named) does not allow it.
+    UsageError : no such folder, no config.json, no weights or pickles only, an unknown runtime or device, a runtime for
+        a dense folder, or "semi-structured" where device, dtype or a layer (named) does not allow it.
     CheckpointError : the folder is damaged: a tensor is missing, has another shape, or its bitmask is inconsistent.
     """
     folder, compressed = Path(path), is_compressed(path)
@@ -86,6 +86,7 @@ def _check_files(folder: Path) -> dict[Path, Header]:
 
     Raises
     ------
+    UsageError : it holds no safetensors.
     CheckpointError : a file is missing, damaged or unsafe, or config.json asks for more layers than there are tensors.
     """
     headers = {shard.path: shard.header for shard in open_shards(folder)}

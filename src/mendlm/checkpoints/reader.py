@@ -87,17 +87,16 @@ def open_checkpoint(folder: Path, *, allow_packed: bool = False) -> Checkpoint:
 
 
 def open_shards(folder: Path) -> tuple[Shard, ...]:
-    """The shards of any checkpoint of safetensors, whatever its config says; none where there are none.
+    """The shards of any checkpoint of safetensors, whatever its config says.
 
     Raises
     ------
+    UsageError : not a folder of safetensors, e.g. pickles only.
     CheckpointError : a file is missing, damaged or unsafe, or index and shards disagree.
     """
     inside(folder, CONFIG_FILE)
-    if (folder / SINGLE_FILE).exists():
+    if _find_weights(folder) == SINGLE_FILE:
         return (open_shard(folder, SINGLE_FILE),)
-    if not (folder / INDEX_FILE).exists():
-        return ()
     return _open_listed(folder, read_json_object(inside(folder, INDEX_FILE)))
 
 
