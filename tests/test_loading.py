@@ -284,6 +284,14 @@ def test_wrong_use_is_refused(tiny_llama: Path, packed: Path, tmp_path: Path) ->
         mendlm.load(packed, runtime="fast")
 
 
+def test_the_home_folder_may_be_a_tilde(copy: Path, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(copy.parent))
+    assert torch.equal(logits(mendlm.load(f"~/{copy.name}")), logits(mendlm.load(packed)))
+    assert mendlm.generate(Path("~") / copy.name, "a", max_new_tokens=1).n_new_tokens == 1
+    with pytest.raises(UsageError, match=r"'~/nothing' is no folder"):
+        mendlm.load("~/nothing")
+
+
 def test_an_unreadable_dense_folder_is_one_sentence(tiny_llama: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "broken"))
     config = json.loads((folder / "config.json").read_text())

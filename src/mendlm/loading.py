@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ def load(
 
     Parameters
     ----------
-    path : a folder that mendlm wrote, or any dense transformers folder. Nothing is downloaded, no code in it is run.
+    path : a folder that mendlm wrote, or any dense transformers folder; ``~`` is the home folder. Nothing is
+        downloaded, no code in it is run.
     runtime : for a compressed folder, how its layers compute: "merged", "factored", "packed", "semi-structured", or
         "auto", which is merged: no other is as fast as a dense layer for every number of tokens (docs/runtimes.md).
     dtype : of the weights in memory; that of the checkpoint if not given.
@@ -46,7 +48,7 @@ def load(
         a dense folder, or "semi-structured" where device, dtype or a layer (named) does not allow it.
     CheckpointError : the folder is damaged: a tensor is missing, has another shape, or its bitmask is inconsistent.
     """
-    folder, compressed = Path(path), is_compressed(path)
+    folder, compressed = Path(os.path.expanduser(path)), is_compressed(path)
     headers = _check_files(folder)
     resolved = resolve_runtime(runtime)
     where = None if device is None else resolve_device(str(device))
@@ -72,7 +74,7 @@ def is_compressed(path: str | Path) -> bool:
     UsageError : no such folder, or no config.json in it.
     CheckpointError : config.json cannot be read.
     """
-    folder = Path(path)
+    folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         raise UsageError(f"{str(path)!r} is no folder. Download the model first and give the folder that holds it.")
     if not (folder / "config.json").is_file():

@@ -223,7 +223,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     advice = "Copy the tokenizer's files (tokenizer.json, tokenizer_config.json) of the original model into the folder."
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            path = os.path.expanduser(str(folder))
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as err:
         reason = (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(" .:")
         raise CheckpointError(f"cannot load a tokenizer from {str(folder)!r}: {reason}. {advice}") from err
