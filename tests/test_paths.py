@@ -56,6 +56,7 @@ def test_folders_that_are_written_and_read(home: Path) -> None:
 
 def test_files_that_are_written_and_read(home: Path) -> None:
     (home / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    assert main(["eval", "~/model", "--text", "~/text.txt", "--seqlen", "16", "--n-windows", "1"]) == 0
     more = ["--rank-step", "8", "--n-iter", "2", "--curves", "~/curves.json", "--output", "~/budget.yaml"]
     assert main(["plan", "~/model", "--target-rank-bytes", "0.1", *more, "--plot", "~/budget.svg"]) == 0
     assert main(["compress", "~/model", "~/out", "--recipe", "~/budget.yaml"]) == 0

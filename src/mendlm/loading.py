@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from mendlm.checkpoints.plan import METHOD
 from mendlm.checkpoints.reader import open_shards, read_json_object
 from mendlm.devices import resolve_device
 from mendlm.errors import CheckpointError, MendError, UsageError, located
+from mendlm.paths import local_path
 from mendlm.runtime import SparseLowRankLinear, resolve_runtime, runtime_on
 
 
@@ -48,7 +48,7 @@ def load(
         a dense folder, or "semi-structured" where device, dtype or a layer (named) does not allow it.
     CheckpointError : the folder is damaged: a tensor is missing, has another shape, or its bitmask is inconsistent.
     """
-    folder, compressed = Path(os.path.expanduser(path)), is_compressed(path)
+    folder, compressed = local_path(path), is_compressed(path)
     headers = _check_files(folder)
     resolved = resolve_runtime(runtime)
     where = None if device is None else resolve_device(str(device))
@@ -74,7 +74,7 @@ def is_compressed(path: str | Path) -> bool:
     UsageError : no such folder, or no config.json in it.
     CheckpointError : config.json cannot be read.
     """
-    folder = Path(os.path.expanduser(path))
+    folder = local_path(path)
     if not folder.is_dir():
         raise UsageError(f"{str(path)!r} is no folder. Download the model first and give the folder that holds it.")
     if not (folder / "config.json").is_file():

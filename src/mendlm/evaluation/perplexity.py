@@ -18,6 +18,7 @@ from mendlm.errors import NonFiniteError, UsageError
 from mendlm.evaluation._logits import device_of, eval_mode, logits_reader, text_config, token_nll
 from mendlm.evaluation.intervals import block_lengths, block_means, exp, exp_interval, mean_interval, plain
 from mendlm.evaluation.text import Source, dataset_source, load_tokenizer, text_source, tokenize
+from mendlm.paths import local_path
 
 DEFAULT_SEQLEN = 2048
 LOGITS_BYTES = 64 * 2**20  # size of one float32 chunk of logits when `logits_chunk` is not given
@@ -199,7 +200,7 @@ def evaluate(
     """
     if text is not None and dataset is not None:
         raise UsageError(f"got both --text {str(text)!r} and --dataset {dataset!r}. Give one of them.")
-    if not Path(model).is_dir():
+    if not local_path(model).is_dir():
         raise UsageError(f"{str(model)!r} is no folder. Download the model first and give the folder that holds it.")
     compute = inference_dtype(dtype, device)
     # The text before the model: a wrong path should not wait for a model to load.

@@ -223,7 +223,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     advice = "Copy the tokenizer's files (tokenizer.json, tokenizer_config.json) of the original model into the folder."
     try:
         with quiet_transformers():
-            path = os.path.expanduser(str(folder))
+            path = str(local_path(folder))
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as err:
         reason = (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(" .:")
