@@ -24,7 +24,7 @@ from mendlm.calibration.statistics import InputAccumulator, InputGatherer
 from mendlm.calibration.walk import CalibrationText, Walk
 from mendlm.checkpoints.reader import open_checkpoint
 from mendlm.config import Calibration
-from mendlm.errors import CheckpointError, NonFiniteError, UsageError
+from mendlm.errors import CheckpointError, MendError, NonFiniteError, UsageError
 from mendlm.inputs import InputStats, treat_dead_columns
 from mendlm.pipeline import BlockStarted, Event, TensorDone, compress
 from mendlm.report.records import read_manifest, read_records
@@ -421,6 +421,29 @@ def test_a_missing_norm_is_named(make_tiny_llama: TinyLlama, text_file: Path, tm
     recipe = Recipe(criterion="wanda", calibration=calibration(text_file))
     with pytest.raises(CheckpointError, match=r"no tensor for layers\.1\.input_layernorm\.weight"):
         compress(folder, tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_hidden_layers": 3}, r"asks for 3 blocks, and its files hold no tensor of block 2"),
+        ({"intermediate_size": 80}, r"layers\.0\.mlp\..*has shape .*96.*, and the model of config\.json has .*80"),
+        ({"vocab_size": 100}, r"embed_tokens\.weight' has shape .*, and the model of config\.json has \(100, 64\)"),
+        ({"hidden_size": "64"}, r"cannot build model_type 'llama'.*Field 'hidden_size' expected int"),
+    ],
+)
+def test_a_config_of_another_model_is_refused_before_the_walk(
+    changes: dict[str, object], sentence: str, make_tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    folder = make_tiny_llama(seed=6)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    events: list[object] = []
+    recipe = Recipe(criterion="wanda", calibration=calibration(text_file))
+    with pytest.raises(MendError, match=sentence):
+        compress(folder, tmp_path / "out", recipe, on_event=events.append)
+    assert not events
     assert not (tmp_path / "out").exists()
 
 

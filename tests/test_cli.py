@@ -398,6 +398,22 @@ def test_calibrated_compression(tiny_llama: Path, tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        (["--workers", "0"], "workers must be 1 or more, got 0"),
+        (["--executor", "dask"], "unknown executor 'dask'"),
+        (["--device", "tpu"], "device 'tpu'"),
+        (["--calibration", "nofile.txt"], "unknown calibration source 'nofile.txt'"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(
+    flags: list[str], sentence: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", str(tiny_llama), str(tmp_path / "out"), "--dry-run", *flags]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
         (["--criterion", "wanda"], "criterion 'wanda' weighs the inputs, so it needs calibration data"),
         (["--metric", "gram"], "metric 'gram' weighs the inputs"),
         (["--n-sequences", "3"], "n_sequences 3 is about calibration text, and there is none. Give --calibration"),
@@ -405,6 +421,9 @@ def test_calibrated_compression(tiny_llama: Path, tmp_path: Path, capsys: pytest
             ["--layer-sparsity", "owl", "--calibration", "self", "--pattern", "2:4"],
             "'owl' needs a pattern with a spars",
         ),
+        (["--damping", "0.5"], "damping 0.5 is about calibration, and there is none. Give --calibration"),
+        (["--dead-columns", "drop"], "dead_columns 'drop' is about calibration, and there is none"),
+        (["--activation-dir", "there"], "--activation-dir 'there' is for calibration, and there is none"),
         (["--layer-sparsity", "other"], "unknown layer_sparsity 'other'"),
         (["--tile", "16x16", "--scope", "row"], "--scope row does not go with --tile 16x16"),
         (["--tile", "16"], "tile"),

@@ -308,6 +308,23 @@ def test_an_unreadable_dense_folder_is_one_sentence(tiny_llama: Path, tmp_path: 
         mendlm.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"intermediate_size": 80}, r"mlp\..*' in model\.safetensors has shape .*96.*, and the model of config"),
+        ({"hidden_size": "64"}, r"cannot open .*Field 'hidden_size' expected int"),
+    ],
+)
+def test_a_config_of_another_model_is_one_sentence(
+    changes: dict[str, object], sentence: str, make_tiny_llama: Callable[..., Path]
+) -> None:
+    folder = make_tiny_llama(seed=6)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(CheckpointError, match=sentence):
+        mendlm.load(folder)
+
+
 def test_a_layer_that_the_config_forgot_is_refused(copy: Path) -> None:
     modules = json.loads((copy / "config.json").read_text())["quantization_config"]["modules"]
     del modules["model.layers.1.mlp.up_proj"]

@@ -354,6 +354,18 @@ def test_a_sweep_gives_what_compress_and_eval_give(tiny_llama: Path, text: Path,
     assert not (out / "lock").exists()
 
 
+def test_a_folder_in_which_nothing_was_measured_takes_another_text_length(
+    tiny_llama: Path, text: Path, tmp_path: Path, in_process: list[str]
+) -> None:
+    grid_of = {"n_iter": 2, "sweep": {"axes": {"rank": [2]}}}
+    with pytest.raises(MendError, match=r"seqlen 99999 is longer than"):
+        sweep(grid_of, tiny_llama, tmp_path / "out", text=text, **ON | {"seqlen": 99999})
+    result = sweep(grid_of, tiny_llama, tmp_path / "out", text=text, **ON)
+    assert [record.status for record in result.records] == ["done", "done"]
+    with pytest.raises(UsageError, match=r"holds another sweep: .*seqlen was 64, now 32"):
+        sweep(grid_of, tiny_llama, tmp_path / "out", text=text, **ON | {"seqlen": 32})
+
+
 def test_points_that_are_done_do_not_run_again(
     tiny_llama: Path, text: Path, tmp_path: Path, in_process: list[str]
 ) -> None:

@@ -127,9 +127,28 @@ def _convert(model: Any, runtime: str) -> None:
                 raise located(err, path) from err
 
 
+def _misfit(config: Any, headers: Mapping[Path, Header]) -> str:
+    """The first tensor that has not the shape that the model of a config has for it; empty if none has that name."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for path, header in headers.items():
+        for info in header.tensors:
+            if wanted.get(info.name, info.shape) != info.shape:
+                return (
+                    f"{info.name!r} in {path.name} has shape {info.shape}, and the model of config.json has "
+                    f"{wanted[info.name]} there. They are of different models: fetch both again."
+                )
+    return ""
+
+
 def _from_pretrained(
     folder: Path, runtime: str | None, dtype: torch.dtype | None, headers: Mapping[Path, Header]
 ) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from mendlm import hf
@@ -155,7 +174,9 @@ def _from_pretrained(
             )
         except MendError:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError) as err:
+        except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as err:
+            if "ignore_mismatched_sizes" in str(err) and (misfit := _misfit(config, headers)):
+                raise CheckpointError(misfit) from err
             reason = " ".join(str(err).split()) or type(err).__name__
             raise CheckpointError(f"transformers cannot open {str(folder)!r}: {reason[:500]}") from err
         finally:

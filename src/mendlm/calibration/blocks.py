@@ -159,6 +159,12 @@ class BlockModel:
                     self._files[found[1]][found[2]] = (shard, info)
                 else:
                     outside[name] = (shard, info)
+        absent = [index for index in range(self.n_blocks) if index not in self._files]
+        if absent:
+            raise CheckpointError(
+                f"config.json of {str(self._checkpoint.folder)!r} asks for {self.n_blocks} blocks, and its files hold "
+                f"no tensor of block {absent[0]}. They are of different models: fetch both again."
+            )
         known = {name for name, _ in self._model.named_parameters()} | {n for n, _ in self._model.named_buffers()}
         prefix = f"{self._model.base_model_prefix}."
         wanted = {
@@ -168,6 +174,8 @@ class BlockModel:
         wanted.pop("", None)  # the output embedding, which no block needs
         for index, block in enumerate(self._blocks):
             unfuse(block, self._files[index])
+            _check_shapes(block, self._files[index])
+        _check_shapes(self._model, wanted)
         _assign(self._model, wanted, self.dtype)
         for name, parameter in self._model.named_parameters():
             if parameter.is_meta and not name.startswith(f"{self._list_name}."):
@@ -232,6 +240,7 @@ def _replaced(blocks: nn.ModuleList, others: list[_Recorder]) -> Iterator[None]:
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The base model (no output embedding) with every parameter on the meta device and every buffer computed."""
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModel
     from transformers.initialization import no_init_weights
 
@@ -242,7 +251,7 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
             with init_empty_weights(include_buffers=False), no_init_weights():
                 model = AutoModel.from_config(config, dtype=dtype, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as err:
+        except (OSError, ValueError, KeyError, StrictDataclassError) as err:
             reason = " ".join(str(err).split())[:300]
             raise UsageError(
                 f"transformers cannot build model_type {checkpoint.model_type!r}, and calibration runs the model: "
@@ -266,10 +275,24 @@ def _find_blocks(model: Any, checkpoint: Checkpoint) -> tuple[str, nn.ModuleList
     )
 
 
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in (*module.named_parameters(), *module.named_buffers())}
+
+
+def _check_shapes(module: nn.Module, files: Mapping[str, tuple[Shard, TensorInfo]]) -> None:
+    """Refuse a tensor that has not the shape of its place in `module`."""
+    known = _shapes(module)
+    for name, (_, info) in files.items():
+        if info.dtype in FLOATING and known.get(name, info.shape) != info.shape:
+            raise CheckpointError(
+                f"{info.name!r} has shape {info.shape}, and the model of config.json has {known[name]} there. "
+                "They are of different models: fetch both again."
+            )
+
+
 def _assign(module: nn.Module, files: Mapping[str, tuple[Shard, TensorInfo]], dtype: torch.dtype) -> None:
     """Read the tensors that `module` has a place for; others (buffers of old checkpoints) are left out."""
-    known = {name for name, _ in module.named_parameters()}
-    known |= {name for name, _ in module.named_buffers()}
+    known = _shapes(module)
     state = {}
     for name, (shard, info) in files.items():
         if info.dtype not in FLOATING:

@@ -168,7 +168,7 @@ def _random_tokens(vocab: int | None, shape: tuple[int, int], seed: int) -> Tens
 def _text_windows(folder: Path, calibration: Calibration, seqlen: int, seed: int) -> tuple[Tensor, str, list[str]]:
     """Windows of a text, what they come from, and warnings."""
     source, n_windows = calibration.source, calibration.n_sequences
-    _check_source(source)
+    check_source(source)
     tokenizer = _tokenizer(folder)  # before the text, which may be a download
     rows = _rows(source)
     name = source if source in DATASETS else Path(source).name
@@ -189,8 +189,13 @@ def _text_windows(folder: Path, calibration: Calibration, seqlen: int, seed: int
     return ids, name if len(rows) == 1 else f"{name}, rows joined", warnings
 
 
-def _check_source(source: str) -> None:
-    """Refuse what is neither a name nor a path, before anything is loaded."""
+def check_source(source: str) -> None:
+    """Refuse a source that is neither a name nor an existing path, before anything is loaded.
+
+    Raises
+    ------
+    UsageError : it is neither.
+    """
     if source in DATASETS or local_path(source).exists():
         return
     try:

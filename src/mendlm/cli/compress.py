@@ -118,19 +118,29 @@ def compress(
     No text is needed; with --calibration the errors that matter on that text are the ones that are kept small.
     """
     with json_only(as_json) as stream:
+        from mendlm.execution import make_executor
+
         chosen = recipe_of(ctx.params)
+        if activation_dir is not None and chosen.calibration is None:
+            raise UsageError(
+                f"--activation-dir {str(activation_dir)!r} is for calibration, and there is none. "
+                "Give --calibration SOURCE, or leave it out."
+            )
+        spread = make_executor(executor, workers=workers, task_timeout=task_timeout, ray_address=ray_address)
         if dry_run:
             from mendlm.pipeline import plan
 
+            spread.devices(device or "cpu")
+            if chosen.calibration is not None:
+                from mendlm.calibration.windows import check_source
+
+                check_source(chosen.calibration.source)
             planned = plan(model, chosen)
         else:
             how = "--resume in place of --overwrite" if overwrite else "--resume"
             ctx.find_root().obj.interrupt_hint = (
                 f"Run the same command with {how} to go on from the tensors done so far."
             )
-            from mendlm.execution import make_executor
-
-            spread = make_executor(executor, workers=workers, task_timeout=task_timeout, ray_address=ray_address)
             target = _Target(out, device or "cpu", spread, overwrite, resume, activation_dir)
             result = _run(stream, model, chosen, target)
     if as_json:
@@ -257,6 +267,12 @@ def resolve_recipe(
     if given.get("match_blocks") and fields["match_blocks"] is not None:
         given["match_blocks"] = fields["match_blocks"] | {"n_steps": given["match_blocks"]}
     fields = put_over(fields, given)
+    for name in ("damping", "dead_columns"):
+        if name in given and fields["calibration"] is None:
+            raise UsageError(
+                f"{name} {given[name]!r} is about calibration, and there is none. Give --calibration SOURCE, or leave "
+                "it out."
+            )
     pattern = zeros.over(fields)
     return Recipe(**(fields if pattern is None else fields | {"pattern": pattern}))
 

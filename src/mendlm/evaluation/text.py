@@ -218,6 +218,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     ------
     CheckpointError : there is none, or transformers cannot read it.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     advice = "Copy the tokenizer's files (tokenizer.json, tokenizer_config.json) of the original model into the folder."
@@ -225,7 +226,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         with quiet_transformers():
             path = str(local_path(folder))
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as err:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError) as err:
         reason = (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(" .:")
         raise CheckpointError(f"cannot load a tokenizer from {str(folder)!r}: {reason}. {advice}") from err
     # For some families transformers makes one of the special tokens alone when there are no files.

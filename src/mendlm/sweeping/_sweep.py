@@ -293,11 +293,13 @@ class _Setup:
             "device": where.type,
             "stats": stats,
         }
+        records = {r.key: r for r in (read_sweep(self.out) if (self.out / SWEEP_FILE).exists() else ())}
         if old is not None:
             ours = {name: self.document[name] for name in ("inputs", "evaluation", "device")}
+            if not any(record.status == "done" for record in records.values()):
+                del ours["evaluation"]  # of nothing so far: a wrong seqlen, say, leaves a folder that can be used
             if changes := differences({name: old[name] for name in ours}, ours):
                 raise UsageError(f"OUT {str(out)!r} holds another sweep: {changes}. Choose another folder.")
-        records = {r.key: r for r in (read_sweep(self.out) if (self.out / SWEEP_FILE).exists() else ())}
         self.plan = SweepPlan(
             model=self.model,
             out=self.out,
