@@ -376,6 +376,17 @@ def test_no_factors_at_all(tiny_llama: Path) -> None:
     assert budget.plan.totals == plan(tiny_llama, Recipe(rank=0)).totals
 
 
+@pytest.mark.parametrize("target", [{"target_bytes": 0.8}, {"target_error": 0.5}, {"target_rank_bytes": 0.1}])
+@pytest.mark.parametrize("rank_step", [20, 1000])
+def test_a_step_that_leaves_some_tensors_without_factors(
+    rank_step: int, target: dict[str, float], tiny_llama: Path
+) -> None:
+    budget = plan_budget(tiny_llama, Recipe(), rank_step=rank_step, **target)
+    ranks = {tensor.name: tensor.rank for tensor in budget.tensors}
+    assert {tensor.name: tensor.rank for tensor in budget.plan.compressed} == ranks
+    assert 0 in ranks.values()
+
+
 def test_globs_that_match_one_name() -> None:
     name = "a[0].*b?"
     override = Override(match=exact_glob(name), rank=7)

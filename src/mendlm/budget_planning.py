@@ -458,7 +458,7 @@ class _Choice:
             fields: dict[str, Any] = {"match": exact_glob(tensor.name)}
             if len({other.pattern for other in settings}) > 1:
                 fields["sparsity"] = setting.pattern.sparsity
-            if len({other.rank for other in settings}) > 1:
+            if self._base.recipe.refiner != PruneOnly.name:  # also where 0 is the only rank: the recipe has another
                 fields["rank"] = setting.rank
             if len(fields) > 1:
                 overrides.append(Override(**fields))
