@@ -347,6 +347,7 @@ def plan_budget_again(model: Path, recipe: Recipe, budget: BudgetPlan) -> Budget
         ({"target_bytes": 0.6, "objective": "best"}, "objective must be one of relative|absolute"),
         ({"target_bytes": 0.6, "sparsities": (0.5, 1.0)}, r"sparsities must be in \[0, 1\), got 1\.0"),
         ({"target_rank_bytes": 0.1, "sparsities": (0.5,)}, "leaves the patterns as they are"),
+        ({"target_bytes": 0.6, "curves": "/nowhere/at/all.json"}, "curves '/nowhere/at/all.json' is in a folder that"),
         ({"target_bytes": 0.6, "rank_step": 0}, "rank_step must be at least 1, got 0"),
     ],
 )
@@ -359,6 +360,8 @@ def test_nothing_to_choose(tiny_llama: Path, text_file: Path) -> None:
     with pytest.raises(UsageError, match="leaves nothing to choose: refiner 'none' has no ranks"):
         plan_budget(tiny_llama, Recipe(refiner="none", pattern="2:4"), target_bytes=0.7)
     calibration = {"source": str(text_file), "n_sequences": 2, "seqlen": 64}
+    with pytest.raises(UsageError, match="every pattern is n:m, so sparsities has no effect"):
+        plan_budget(tiny_llama, Recipe(pattern="2:4"), target_bytes=0.7, sparsities=(0.5,))
     with pytest.raises(UsageError, match="layer_sparsity 'owl' chooses sparsities itself"):
         plan_budget(tiny_llama, Recipe(layer_sparsity="owl", calibration=calibration), target_bytes=0.7)
 
@@ -433,12 +436,20 @@ def test_the_command(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["-o", "/nowhere/at/all.yaml"], "is in a folder that does not exist"),
         (["-o", "budget.txt"], "--output must be a .yaml, .yml or .json file"),
         (["--plot", "budget.gif"], "a plot is a .png, .svg or .pdf file"),
+        (["--plot", "/nowhere/at/all.svg"], "--plot '/nowhere/at/all.svg' is in a folder that does not exist"),
+        (["--curves", "/nowhere/at/all.json"], "--curves '/nowhere/at/all.json' is in a folder that does not exist"),
+        (["--curves", "/"], "--curves '/' is a folder"),
+        (["--curves", "one.json", "-o", "./one.json"], "--curves and --output name the same file, 'one.json'"),
         (["--criterion", "wanda"], "criterion 'wanda' weighs the inputs"),
     ],
 )
 def test_wrong_use(more: list[str], message: str, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not HAS_PLOT and more[1].endswith(".svg"):
+        pytest.skip("no library draws here")
     assert main(["plan", str(tiny_llama), "--target-bytes", "0.7", *more]) == 2
-    assert message in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "down_proj" not in shown  # nothing was measured
 
 
 def test_the_plot(tiny_llama: Path, tmp_path: Path) -> None:

@@ -262,6 +262,8 @@ def plan_budget(
     patterns = _patterns(base, target, sparsities)
     fingerprint = fingerprint_of(checkpoint, recipe, rank_step, where)
     file = None if curves is None else local_path(curves)
+    if file is not None and not file.absolute().parent.is_dir():
+        raise UsageError(f"curves {str(file)!r} is in a folder that does not exist.")
     if file is not None and file.exists():
         measured = ModelCurves.load(file)
         measured.check(file, fingerprint, patterns)
@@ -293,6 +295,8 @@ def _patterns(base: CompressionPlan, target: Target, sparsities: Sequence[float]
         if target.rank_ratio is None and isinstance(own, Adjustable):
             others = [replace(own, sparsity=sparsity) for sparsity in sorted(set(grid)) if sparsity != own.sparsity]
         found[tensor.name] = (own, *others)
+    if sparsities is not None and not any(isinstance(own, Adjustable) for own, *_ in found.values()):
+        raise UsageError("every pattern is n:m, so sparsities has no effect. Leave it out, or take another pattern.")
     if base.recipe.refiner == PruneOnly.name and all(len(choice) == 1 for choice in found.values()):
         raise UsageError(
             f"{target.name} leaves nothing to choose: refiner {base.recipe.refiner!r} has no ranks, and the patterns "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,7 +29,7 @@ from mendlm.errors import UsageError
 from mendlm.paths import local_path
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from mendlm.budget_planning import BudgetPlan, PlannedBudget
     from mendlm.measuring import CurvesDone, MeasuringEvent
@@ -173,8 +175,13 @@ def plan(
         from mendlm.budget_planning import DEFAULT_OBJECTIVE, DEFAULT_RANK_STEP, plan_budget
         from mendlm.plotting import check_plot, plot_budget
 
+        files = {"--curves": curves, "--output": output, "--plot": plot}
+        places = {flag: local_path(path) for flag, path in files.items() if path is not None}
+        for flag, path in places.items():
+            _check_file(flag, path)
+        _check_apart(places)
         if output is not None:
-            output = local_path(output)
+            output = places["--output"]
             _check_output(output, overwrite)
         if plot is not None:
             check_plot(plot)
@@ -214,13 +221,22 @@ def plan(
         _show(result, output, plot)
 
 
-def _check_output(path: Path, overwrite: bool) -> None:
+def _check_file(flag: str, path: Path) -> None:
     if path.is_dir():
-        raise UsageError(f"--output {str(path)!r} is a folder. Give the name of a file, such as recipe.yaml.")
+        raise UsageError(f"{flag} {str(path)!r} is a folder. Give the name of a file.")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{flag} {str(path)!r} is in a folder that does not exist.")
+
+
+def _check_apart(places: Mapping[str, Path]) -> None:
+    for (one, path), (other, second) in combinations(places.items(), 2):
+        if os.path.realpath(path) == os.path.realpath(second):
+            raise UsageError(f"{one} and {other} name the same file, {str(path)!r}. Choose another name for one.")
+
+
+def _check_output(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise UsageError(f"--output {str(path)!r} exists. Pass --overwrite, or choose another name.")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"--output {str(path)!r} is in a folder that does not exist.")
     if path.suffix.lower() not in (".yaml", ".yml", ".json"):
         raise UsageError(f"--output must be a .yaml, .yml or .json file, got {str(path)!r}.")
 
