@@ -642,3 +642,30 @@ def test_every_flag_is_documented() -> None:
         assert not missing - {"--help"}, name
         documented = set(re.findall(r"^\| `(--[a-z-]+)", pages[name], re.MULTILINE))
         assert documented <= flags, name
+
+
+def test_a_rank_a_sparsity_or_a_pattern_wins_over_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(
+        "pattern: {sparsity: 0.5}\noverrides:\n"
+        "- {match: '*.q_proj.*', rank: 3, sparsity: 0.4}\n- {match: '*.mlp.*', sparsity: 0.3}\n"
+    )
+    for flags, zeros, left in (
+        ({"rank": "9"}, Zeros(), [("*.q_proj.*", None, 0.4), ("*.mlp.*", None, 0.3)]),
+        ({}, Zeros(sparsity=0.9), [("*.q_proj.*", 3, None)]),
+        ({}, Zeros(pattern="2:4"), [("*.q_proj.*", 3, None)]),
+        ({}, Zeros(scope="row"), [("*.q_proj.*", 3, 0.4), ("*.mlp.*", None, 0.3)]),
+    ):
+        recipe = resolve_recipe(str(file), flags, zeros)
+        assert [(o.match, o.rank, o.sparsity) for o in recipe.overrides] == left
+
+
+def test_a_recipe_for_another_model_is_refused(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text("overrides:\n- {match: transformer.h.0.attn.c_proj.weight, rank: 3}\n")
+    assert main(["compress", str(tiny_llama), str(tmp_path / "out"), "--recipe", str(file)]) == 2
+    assert "'transformer.h.0.attn.c_proj.weight' is of a tensor that the model does not have" in capsys.readouterr().err
+    file.write_text("overrides:\n- {match: '*.c_proj.weight', rank: 3}\n- {match: lm_head.weight, rank: 2}\n")
+    assert main(["compress", str(tiny_llama), str(tmp_path / "out"), "--recipe", str(file), "--dry-run"]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -89,11 +90,24 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, sparsities: Mapping[str, f
             tensors.extend(_plan_weights(checkpoint.model_type, shard, info, recipe, sparsities or {}))
         except MendError as err:
             raise located(err, f"{name} in {shard}") from err
+    _check_overrides(recipe, {*infos, *(tensor.name for tensor in tensors)})
     totals = summarize(
         (t.action == "compress", prod(t.shape, start=1), t.stored_params, t.dense_bytes, t.stored_bytes)
         for t in tensors
     )
     return CompressionPlan(checkpoint.folder, recipe, tuple(tensors), totals)
+
+
+def _check_overrides(recipe: Recipe, names: Collection[str]) -> None:
+    """Refuse an override for one tensor that is none of these; a glob may match nothing."""
+    for override in recipe.overrides:
+        exact = re.sub(r"\[([*?[])\]", r"\1", override.match)  # what `exact_glob` made of the name
+        is_glob = re.search(r"[*?[]", re.sub(r"\[[*?[]\]", "", override.match))
+        if not is_glob and exact not in names:
+            raise UsageError(
+                f"override {override.match!r} is of a tensor that the model does not have, so the recipe is of another "
+                "model. Make one for this model with mendlm plan, or give a glob."
+            )
 
 
 def _choose(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], recipe: Recipe) -> set[str]:

@@ -67,16 +67,17 @@ def put_over(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     """The `fields` of a resolved recipe with those that were `given` put over them.
 
     One that changes the refiner takes the old refiner's own settings (n_iter, solver, options) with it, and to or from
-    one without a low-rank part the rank; one that changes the criterion takes its options, its scope, and the criteria
-    of overrides.
+    one without a low-rank part the rank; one that changes the criterion takes its options and its scope. A criterion or
+    a rank holds for every tensor: those of overrides go.
     """
     kept = dict(fields)
     if given.get("criterion", kept["criterion"]) != kept["criterion"]:
         kept["criterion_options"] = {}
         if "scope" in kept["pattern"]:
             kept["pattern"] = {"sparsity": kept["pattern"]["sparsity"]}
-        overrides = [{k: v for k, v in override.items() if k != "criterion"} for override in kept["overrides"]]
-        kept["overrides"] = [override for override in overrides if len(override) > 1]
+        kept = without_overrides(kept, "criterion")
+    if "rank" in given:
+        kept = without_overrides(kept, "rank")
     if given.get("refiner", kept["refiner"]) != kept["refiner"]:
         dropped = {"n_iter", "solver", "refiner_options"}
         if PruneOnly.name in (given["refiner"], kept["refiner"]):
@@ -85,6 +86,12 @@ def put_over(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
             dropped.add("metric")
         kept = {name: value for name, value in kept.items() if name not in dropped}
     return {**kept, **given}
+
+
+def without_overrides(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The `fields` of a recipe whose overrides leave the fields of these names alone."""
+    overrides = [{k: v for k, v in override.items() if k not in names} for override in fields["overrides"]]
+    return {**fields, "overrides": [override for override in overrides if len(override) > 1]}
 
 
 def builtin_recipes() -> dict[str, Path]:

@@ -242,7 +242,7 @@ def resolve_recipe(
 ) -> Recipe:
     """A built-in recipe, that of a file, or the default one, with the flags that are not None put over it.
 
-    A flag that changes the refiner takes the old refiner's own settings (n_iter, solver, options) with it, and for one
+    A rank, sparsity or pattern holds for every tensor: those of overrides go. A flag that changes the refiner takes the old refiner's own settings (n_iter, solver, options) with it, and for one
     without a low-rank part the rank; one that changes the criterion takes its options, the criteria of overrides, and
     its scope unless a flag says which. Steps of block matching leave the other settings of it alone. `text` holds the
     fields of `Calibration`.
@@ -252,7 +252,7 @@ def resolve_recipe(
     UsageError : a bad file, a bad value, or flags that exclude each other.
     """
     from mendlm.config import Recipe
-    from mendlm.recipe_files import load_recipe, put_over
+    from mendlm.recipe_files import load_recipe, put_over, without_overrides
 
     fields = (Recipe() if source is None else load_recipe(source)).to_dict()
     given = {name: value for name, value in flags.items() if value is not None}
@@ -274,6 +274,8 @@ def resolve_recipe(
                 "it out."
             )
     pattern = zeros.over(fields)
+    if zeros.pattern is not None or zeros.sparsity is not None:
+        fields = without_overrides(fields, "pattern", "sparsity")
     return Recipe(**(fields if pattern is None else fields | {"pattern": pattern}))
 
 
