@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -170,8 +171,50 @@ def test_bad_places(bucket: str, tiny_llama: Path, tmp_path: Path) -> None:
         mendlm.compress(tiny_llama, f"{bucket}/file", RECIPE)
 
 
+def test_a_url_of_this_machine_is_a_folder(tiny_llama: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    before = files(model)
+    for place, out in (
+        (model, f"file://{model}"),
+        (f"file://{model}", model),
+        (f"local://{model}", f"file://{model}/"),
+    ):
+        with pytest.raises(UsageError, match="is MODEL or lies inside it"):
+            mendlm.compress(place, out, RECIPE, overwrite=True)
+    with pytest.raises(UsageError, match="holds MODEL"):
+        mendlm.compress(model, f"file://{tmp_path}", RECIPE, overwrite=True)
+    assert files(model) == before
+    result = mendlm.compress(f"file://{model}", f"file://{tmp_path}/out", RECIPE)
+    assert result.out == tmp_path / "out"
+    assert mendlm.verify(f"file://{tmp_path}/out", original=f"file://{model}").ok
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("model", "is MODEL or lies inside it"),
+        ("model/", "is MODEL or lies inside it"),
+        ("x/../model", "is MODEL or lies inside it"),
+        ("model/out", "is MODEL or lies inside it"),
+        (".", "holds MODEL"),
+    ],
+)
+def test_out_and_model_overlap(bucket: str, tiny_llama: Path, out: str, message: str) -> None:
+    model = upath.UPath(upload(tiny_llama, f"{bucket}/model"))
+    with pytest.raises(UsageError, match=message):
+        mendlm.compress(str(model), f"{bucket}/{out}", RECIPE, overwrite=True)
+    assert files(model) == files(tiny_llama)
+
+
 @pytest.mark.parametrize("place", ["s3://bucket/model", "gs://b/m", "memory://x"])
 def test_urls(place: str) -> None:
     assert remote.is_url(place)
     assert not remote.is_url(place.replace("://", ":/"))
     assert not remote.is_url(Path("/models") / place)
+
+
+@pytest.mark.parametrize("place", ["file:///models/m", "local:///models/m", "file:/models/m", Path("file:///models/m")])
+def test_file_urls(place: str | Path) -> None:
+    assert not remote.is_url(place)
+    assert remote.open_place(place) == Path("/models/m")

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+
+_FILE_URL = re.compile(r"(?:file|local):(?://|(?=/))")  # a Path has one of the slashes only
+
+
+def is_file_url(path: str | Path) -> bool:
+    """Whether a path of this machine is written as a URL: ``file:///models/m``."""
+    return _FILE_URL.match(str(path)) is not None
 
 
 def local_path(path: str | Path) -> Path:
-    """The path with the home folder in place of a leading ``~`` or ``~user``; unchanged if there is no such user."""
-    return Path(os.path.expanduser(path))
+    """The path with the home folder in place of a leading ``~`` or ``~user``; unchanged if there is no such user.
+
+    Of a ``file://`` URL the path in it.
+    """
+    return Path(os.path.expanduser(_FILE_URL.sub("", str(path), count=1)))

@@ -25,7 +25,7 @@ import mendlm
 from mendlm.checkpoints.finish import hash_files, input_files, make_config, make_index, side_files, to_json
 from mendlm.checkpoints.plan import LAYOUT, METHOD, VERSION, shard_layout
 from mendlm.checkpoints.reader import CONFIG_FILE, INDEX_FILE, Checkpoint, open_checkpoint
-from mendlm.checkpoints.remote import deliver, is_url, open_place, remote_errors
+from mendlm.checkpoints.remote import check_url, deliver, is_url, open_place, remote_errors
 from mendlm.checkpoints.staging import (
     check_space,
     check_target,
@@ -162,6 +162,7 @@ def compress(
     started = time.monotonic()
     recipe = _recipe_or_default(recipe)
     if is_url(out):
+        check_url(str(out), model)
         here = partial(
             compress,
             model,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import posixpath
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 from mendlm.checkpoints.staging import has_partial, is_filled
 from mendlm.checkpoints.writer import storage_errors
 from mendlm.errors import CheckpointError, MissingDependencyError, StorageError, UsageError
-from mendlm.paths import local_path
+from mendlm.paths import is_file_url, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,8 @@ _LAST = ("config.json", "mendlm.json")  # sent after everything else, in this or
 
 
 def is_url(place: str | Path | Any) -> bool:
-    """Whether a place is written as a URL, or is the `UPath` of one."""
-    return _URL.match(str(place)) is not None
+    """Whether a place is the URL, or its `UPath`, of an object store; ``file://`` is a folder of this machine."""
+    return _URL.match(str(place)) is not None and not is_file_url(place)
 
 
 def open_place(place: str | Path) -> Path:
@@ -60,6 +61,31 @@ def open_place(place: str | Path) -> Path:
         raise MissingDependencyError(f"{str(place)!r} cannot be opened: {str(err).rstrip('.')}.") from err
     found: Path = path
     return found
+
+
+def check_url(out: str, model: str | Path) -> None:
+    """Refuse the URL of an OUT that is MODEL's, or whose files would be mixed with those of MODEL.
+
+    Raises
+    ------
+    UsageError : OUT is MODEL, lies in it or holds it; or as `open_place`.
+    MissingDependencyError : as `open_place`.
+    """
+    target, source = (_place_in_store(place) for place in (out, model))
+    if target is None or source is None or target[0] is not source[0]:
+        return
+    if target[1].is_relative_to(source[1]):
+        raise UsageError(f"OUT {out!r} is MODEL or lies inside it. Choose a folder outside {str(model)!r}.")
+    if source[1].is_relative_to(target[1]):
+        raise UsageError(f"OUT {out!r} holds MODEL {str(model)!r}. Choose a folder of its own.")
+
+
+def _place_in_store(place: str | Path) -> tuple[type, PurePosixPath] | None:
+    """(kind of store, place in it) of a URL, however it is written; None for a folder of this machine."""
+    if not is_url(place):
+        return None
+    path: Any = open_place(place)
+    return type(path.fs), PurePosixPath(posixpath.normpath(path.path))
 
 
 @contextmanager

@@ -29,7 +29,7 @@ _REPLACES = "replaces"  # key of the fingerprint: this run was told to replace a
 
 def partial_folder(out: str | Path) -> Path:
     """Where a run that writes to `out` keeps unfinished work."""
-    target = Path(os.path.realpath(out))
+    target = Path(os.path.realpath(local_path(out)))
     return target.parent / f".{target.name}.mendlm-partial"
 
 
