@@ -208,6 +208,28 @@ def test_an_export_is_reproducible_and_does_not_replace_in_silence(packed: Path,
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == first
 
 
+@pytest.mark.parametrize("layout", ["dense", "peft", "safetensors-factored"])
+def test_overwrite_replaces_an_export(packed: Path, tmp_path: Path, layout: str) -> None:
+    mendlm.export(packed, tmp_path / "out", layout)
+    mendlm.export(packed, tmp_path / "out", "dense", overwrite=True)
+    assert json.loads((tmp_path / "out" / "mendlm.export.json").read_text())["layout"] == "dense"
+
+
+def test_the_original_is_not_replaced(tiny_llama: Path, tmp_path: Path) -> None:
+    model, packed = tmp_path / "model", tmp_path / "packed"
+    shutil.copytree(tiny_llama, model)
+    mendlm.compress(model, packed, Recipe(rank=2, n_iter=2))
+    before = {p.name: p.read_bytes() for p in model.iterdir()}
+    with pytest.raises(UsageError, match=r"DEST .*model' is the model that was compressed"):
+        mendlm.export(packed, model, "dense", overwrite=True)
+    assert {p.name: p.read_bytes() for p in model.iterdir()} == before
+    with (model / "model.safetensors").open("r+b") as file:  # another model of the same sizes
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    mendlm.export(packed, model, "dense", overwrite=True)
+    assert (model / "mendlm.export.json").exists()
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= changes

@@ -524,14 +524,30 @@ def test_resume_cleans_up_after_a_kill_between_the_last_renames(tiny_llama: Path
 def test_overwrite_replaces_at_the_very_end(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("x")
+    (out / "config.json").write_text("{}")
 
     def look(event: Event) -> None:
-        assert [p.name for p in out.iterdir()] == ["old"]
+        assert [p.name for p in out.iterdir()] == ["config.json"]
+        assert (out / "config.json").read_text() == "{}"
 
     compress(tiny_llama, out, RECIPE, overwrite=True, on_event=look)
     assert bytes_of(out) == bytes_of(reference)
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_overwrite_replaces_checkpoints_alone(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("x")
+    message = r"out' holds no config\.json.* but 'thesis\.txt', .* will not be overwritten\. Remove it yourself"
+    with pytest.raises(UsageError, match=message):
+        compress(tiny_llama, out, RECIPE, overwrite=True)
+    with pytest.raises(UsageError, match=message):
+        mendlm.export(reference, out, overwrite=True)
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "thesis.txt"]
+    (out / "thesis.txt").unlink()
+    compress(tiny_llama, out, RECIPE, overwrite=True)
+    assert bytes_of(out) == bytes_of(reference)
 
 
 def test_stopped_overwrite_keeps_the_old_folder_and_can_be_resumed(

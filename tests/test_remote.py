@@ -146,6 +146,15 @@ def test_resume_does_not_remove_what_others_put_there(
     assert (place / "theirs").read_bytes() == b"x"
 
 
+def test_overwrite_keeps_what_is_no_checkpoint(bucket: str, tiny_llama: Path) -> None:
+    place = upath.UPath(f"{bucket}/out")
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "photo.jpg").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"memory://bucket/out' holds no config\.json.* but 'photo\.jpg'"):
+        mendlm.compress(tiny_llama, f"{bucket}/out", RECIPE, overwrite=True)
+    assert (place / "photo.jpg").read_bytes() == b"x"
+
+
 def test_overwrite_first_removes_what_says_complete(bucket: str, tiny_llama: Path) -> None:
     mendlm.compress(tiny_llama, f"{bucket}/out", RECIPE)
     folder = remote.RemoteFolder(f"{bucket}/out")

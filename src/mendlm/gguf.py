@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mendlm._gguf_file import GGUFFile
 from mendlm._quiet import quiet_transformers
+from mendlm.checkpoints.staging import check_replaceable
 from mendlm.devices import DTYPES
 from mendlm.errors import CheckpointError, NonFiniteError, StorageError, UsageError
 from mendlm.names import lookup
@@ -248,11 +249,7 @@ def _check_dest(dest: Path, source: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(f"{str(dest)!r} exists and is not empty. Use --overwrite to replace it, or another folder.")
-    if not (dest / "config.json").exists():
-        raise UsageError(
-            f"{str(dest)!r} holds no config.json, so it is not a checkpoint and will not be overwritten. Remove it "
-            "yourself, or give another folder."
-        )
+    check_replaceable(dest, (path.name for path in dest.iterdir()))
     if source.resolve().is_relative_to(dest.resolve()):
         raise UsageError(f"{str(source)!r} lies in {str(dest)!r}, which --overwrite would remove. Give another folder.")
 

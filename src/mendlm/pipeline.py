@@ -133,7 +133,8 @@ def compress(
         The bytes do not depend on it.
     workers : how many tensors are worked on at once; by default what the machine, or the cluster, has room for.
     ray_address : of the cluster for "ray", see `mendlm.execution.RayExecutor`.
-    overwrite : replace `out`, at the very end, and start anew if a run into it stopped half-way.
+    overwrite : replace `out` if it is a checkpoint folder, at the very end, and start anew if a run into it stopped
+        half-way.
     resume : continue a run that stopped half-way; starts normally if there is none, returns its result if `out` is
         complete.
     activation_dir : a folder on a large disk for the hidden states of the calibration text; None keeps them in memory
@@ -189,7 +190,7 @@ def compress(
         raise UsageError("overwrite starts anew and resume continues: pass one of them.")
     checkpoint = open_model(model)
     planned = make_plan(checkpoint, recipe)
-    target = check_target(out, checkpoint.folder)
+    target = check_target(out, checkpoint.folder, overwrite=overwrite)
     if resume and is_filled(target) and not has_partial(target):
         return _finished(target, checkpoint, recipe, started)
     if _walks(recipe):

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from mendlm.checkpoints.staging import has_partial, is_filled
+from mendlm.checkpoints.staging import check_replaceable, has_partial, is_filled
 from mendlm.checkpoints.writer import storage_errors
 from mendlm.errors import CheckpointError, MissingDependencyError, StorageError, UsageError
 from mendlm.paths import is_file_url, local_path
@@ -195,7 +195,8 @@ def deliver(
 
     Raises
     ------
-    UsageError : OUT is not empty, or unfinished work is there, and the caller does not allow to replace or continue it.
+    UsageError : OUT is not empty, or unfinished work is there, and the caller does not allow to replace or continue it;
+        or as `check_replaceable`.
     StorageError : as `RemoteFolder.send`; what was made stays on this machine, and `resume` sends the rest.
     """
     remote, target = RemoteFolder(url), staging_target(url)
@@ -210,6 +211,8 @@ def deliver(
         )
     if there and not overwrite and not (begun and (sent.exists() or replaces.exists())):
         raise UsageError(f"OUT {remote.url!r} exists and is not empty. Pass --overwrite, or choose another folder.")
+    if overwrite and not sent.exists() and not replaces.exists():  # else an earlier run was allowed to replace it
+        check_replaceable(remote.url, there)
     if overwrite:  # what was sent before is of another run
         sent.unlink(missing_ok=True)
         with storage_errors(replaces):

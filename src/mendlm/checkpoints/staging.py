@@ -12,7 +12,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from mendlm.paths import local_path
 logger = logging.getLogger(__name__)
 
 _NO_FSYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}  # some network file systems cannot sync a folder
+_CHECKPOINT_FILES = ("config.json", "adapter_config.json", "mendlm.json")
+_CHECKPOINT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 _REPLACES = "replaces"  # key of the fingerprint: this run was told to replace a folder that was there
 
 
@@ -43,12 +45,29 @@ def is_filled(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def check_target(out: str | Path, model: Path) -> Path:
-    """The real path of OUT.
+def check_replaceable(folder: str | Path, names: Iterable[str]) -> None:
+    """Refuse to replace a folder, which holds `names`, unless it is empty or something is a checkpoint's.
 
     Raises
     ------
-    UsageError : OUT is a file, is MODEL, lies in it or holds it, or holds the current folder.
+    UsageError : it holds other things alone; the sentence names one.
+    """
+    held = sorted(names)
+    if not held or any(name in _CHECKPOINT_FILES or name.endswith(_CHECKPOINT_SUFFIXES) for name in held):
+        return
+    raise UsageError(
+        f"{str(folder)!r} holds no config.json, safetensors or adapter but {held[0]!r}, so it is not a checkpoint and "
+        "will not be overwritten. Remove it yourself, or choose another folder."
+    )
+
+
+def check_target(out: str | Path, model: Path, *, overwrite: bool = False) -> Path:
+    """The real path of OUT, which `overwrite` allows to replace if it is a checkpoint.
+
+    Raises
+    ------
+    UsageError : OUT is a file, is MODEL, lies in it or holds it, or holds the current folder; or, with `overwrite`, as
+        `check_replaceable`.
     """
     target, source = Path(os.path.realpath(local_path(out))), _local(model)
     if target.exists() and not target.is_dir():
@@ -62,6 +81,9 @@ def check_target(out: str | Path, model: Path) -> Path:
     ):
         if path is not None and path.is_relative_to(target):
             raise UsageError(f"OUT {str(out)!r} holds {what}, which replacing it would remove. Choose a new folder.")
+    if overwrite and target.is_dir():
+        with storage_errors(target):
+            check_replaceable(out, (path.name for path in target.iterdir()))
     return target
 
 

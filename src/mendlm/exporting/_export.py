@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mendlm
-from mendlm.checkpoints.finish import make_index, side_files, to_json
+from mendlm.checkpoints.finish import hash_files, make_index, side_files, to_json
 from mendlm.checkpoints.folder import Folder, open_folder
 from mendlm.checkpoints.header import FLOATING
 from mendlm.checkpoints.reader import CONFIG_FILE, INDEX_FILE, as_bytes, read_chunks
@@ -98,7 +98,7 @@ def export(
     uniform_rank : for "peft": zero-pad every factor to one rank, a number or "auto" (the smallest that vLLM serves).
     base_name : for "peft": what the adapter calls its base model, e.g. a hub id; ``dest/base`` if not given.
     evaluations : files that ``mendlm eval --json`` printed; the card shows their perplexities.
-    overwrite : replace what `dest` holds.
+    overwrite : replace what `dest` holds, if that is a checkpoint folder and not the model that was compressed.
     progress : called with (layers done, layers, name).
 
     Returns
@@ -135,7 +135,9 @@ def export(
     layout.check(source)
     jobs = _jobs(opened, source, layout)
     shards = _shard_layouts(jobs)
-    target = check_target(dest, checkpoint.folder)
+    target = check_target(dest, checkpoint.folder, overwrite=overwrite)
+    if overwrite:
+        _check_not_original(target, manifest)
     fingerprint = {"export": to, "options": [uniform_rank, base_name], "inputs": stat_inputs(checkpoint)}
     staging = open_staging(target, fingerprint, resume=True, overwrite=overwrite)
     try:
@@ -190,6 +192,22 @@ def _check_modules(modules: Any, opened: Folder) -> None:
 def _manifest(folder: Path) -> Mapping[str, Any]:
     """mendlm.json; a folder that `save_pretrained` wrote has none."""
     return read_manifest(folder).to_dict() if (folder / MANIFEST_FILE).exists() else {}
+
+
+def _check_not_original(dest: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse to replace the model that was compressed, known by its files as mendlm.json states them.
+
+    The weights are hashed only where every other file is the same.
+    """
+    inputs: Mapping[str, Mapping[str, Any]] = manifest.get("inputs", {})
+    if not inputs or any((dest / name).exists() for name in (MANIFEST_FILE, EXPORT_FILE)):
+        return
+    sizes = {name: (dest / name).stat().st_size for name in inputs if (dest / name).is_file()}
+    if sizes != {name: facts["size_bytes"] for name, facts in inputs.items()}:
+        return
+    if any(hash_files(dest, [name])[name] != inputs[name] for name in sorted(sizes, key=sizes.__getitem__)):
+        return
+    raise UsageError(f"DEST {str(dest)!r} is the model that was compressed, and will not be replaced. Choose another.")
 
 
 def _dense_bytes(opened: Folder) -> int:
