@@ -313,6 +313,8 @@ def test_a_bar_on_a_terminal(tiny_llama: Path, tmp_path: Path) -> None:
     assert "eta" in text
     assert "model.layers.0." in text
     assert "7 of 20 compressed" in text
+    assert re.search(r"\d%", text)
+    assert "progress.percentage" not in text
     assert not LINE.search(text)
 
 

@@ -41,7 +41,7 @@ def progress_view(stream: TextIO, label: str) -> Iterator[ProgressView]:
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        TaskProgressColumn(markup=False),
+        TaskProgressColumn("{task.percentage:>3.0f}%", markup=False),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemaining(),
