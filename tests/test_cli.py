@@ -330,6 +330,16 @@ def test_a_closed_pipe_is_quiet(tiny_llama: Path) -> None:
     assert said == b""
 
 
+@pytest.mark.parametrize(
+    ("redirection", "args", "code"), [(">&-", "inspect @tiny", 0), ("2>&-", "inspect @nowhere", 2)]
+)
+def test_a_closed_stream(broken: Path, redirection: str, args: str, code: int) -> None:
+    shell = ["sh", "-c", f'"$@" {redirection}', "sh", *command(*arguments(args, broken))]
+    result = subprocess.run(shell, capture_output=True, text=True, env=environment(), timeout=60)
+    assert result.returncode == code, result.stderr
+    assert result.stdout + result.stderr == ""
+
+
 def test_a_full_disk_under_stdout(tiny_llama: Path) -> None:
     full = Path("/dev/full")
     if not full.exists():

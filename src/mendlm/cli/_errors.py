@@ -63,7 +63,13 @@ def run(command: Any, argv: Sequence[str], session: Session) -> int:
 
 
 def _prepare_streams() -> None:
-    """Names of files may hold bytes the terminal's encoding lacks: show '?' instead of failing."""
+    """Names of files may hold bytes the terminal's encoding lacks: show '?' instead of failing.
+
+    Where a stream is closed (``>&-``) Python has None, which nothing can be written to.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
