@@ -242,10 +242,10 @@ def resolve_recipe(
 ) -> Recipe:
     """A built-in recipe, that of a file, or the default one, with the flags that are not None put over it.
 
-    A rank, sparsity or pattern holds for every tensor: those of overrides go. A flag that changes the refiner takes the old refiner's own settings (n_iter, solver, options) with it, and for one
-    without a low-rank part the rank; one that changes the criterion takes its options, the criteria of overrides, and
-    its scope unless a flag says which. Steps of block matching leave the other settings of it alone. `text` holds the
-    fields of `Calibration`.
+    A rank, sparsity or pattern holds for every tensor: those of overrides go. A flag that changes the refiner takes the
+    old refiner's own settings (n_iter, solver, options) with it, and for one without a low-rank part the rank; one that
+    changes the criterion takes its options, the criteria of overrides, and its scope unless a flag says which. Steps of
+    block matching leave the other settings of it alone. `text` holds the fields of `Calibration`.
 
     Raises
     ------
