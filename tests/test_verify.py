@@ -354,10 +354,14 @@ def test_index_that_does_not_fit(sharded: tuple[Path, Path], tmp_path: Path) -> 
 # ---------------------------------------------------------------------------------------------- what cannot be checked
 
 
-def test_another_original(out: Path, make_tiny_llama: TinyLlama) -> None:
+def test_another_original(out: Path, make_tiny_llama: TinyLlama, capsys: pytest.CaptureFixture[str]) -> None:
     result = verify(out, make_tiny_llama(seed=1))
     assert found(result) == {("input", "model.safetensors")}
     assert "this is not the original of the folder" in result.skipped[0]
+    assert main(["verify", str(out), "--original", str(make_tiny_llama(seed=1))]) == 1
+    shown = capsys.readouterr()
+    assert "is not the model that" in shown.err
+    assert "damaged" not in shown.err + shown.out
 
 
 def test_a_folder_without_records(out: Path, tiny_llama: Path) -> None:

@@ -69,12 +69,22 @@ def verify(
         print_json(found.to_dict())
     else:
         _show(found)
+    if _is_of_another(found):
+        raise CheckpointError(
+            f"{str(original)!r} is not the model that {str(found.path)!r} was made from; nothing else is wrong with it. "
+            "Give the right --original."
+        )
     if not found.ok:
         n = len(found.findings)
         raise CheckpointError(
             f"{str(found.path)!r} is damaged: {n} finding{'s' if n > 1 else ''}, first in "
             f"{found.findings[0].place!r}. Compress the model again, or fetch the folder again."
         )
+
+
+def _is_of_another(found: Verification) -> bool:
+    """Whether nothing is wrong but that the original is another model."""
+    return bool(found.findings) and all(finding.check == "input" for finding in found.findings)
 
 
 def _show(found: Verification) -> None:
@@ -90,5 +100,6 @@ def _show(found: Verification) -> None:
     if found.manifest_sha256 is not None:
         facts.append(("mendlm.json", f"SHA-256 {found.manifest_sha256}"))
     facts.append(("time", format_seconds(found.seconds)))
-    facts.append(("result", "sound" if found.ok else f"damaged, {len(found.findings)} findings"))
+    damaged = "of another original" if _is_of_another(found) else f"damaged, {len(found.findings)} findings"
+    facts.append(("result", "sound" if found.ok else damaged))
     print_facts(facts)
