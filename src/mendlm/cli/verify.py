@@ -71,8 +71,8 @@ def verify(
         _show(found)
     if _is_of_another(found):
         raise CheckpointError(
-            f"{str(original)!r} is not the model that {str(found.path)!r} was made from; nothing else is wrong with it. "
-            "Give the right --original."
+            f"{str(original)!r} is not the model that {str(found.path)!r} was made from; nothing else is wrong with "
+            "it. Give the right --original."
         )
     if not found.ok:
         n = len(found.findings)
