@@ -428,8 +428,14 @@ def test_a_missing_norm_is_named(make_tiny_llama: TinyLlama, text_file: Path, tm
     ("changes", "sentence"),
     [
         ({"num_hidden_layers": 3}, r"asks for 3 blocks, and its files hold no tensor of block 2"),
-        ({"intermediate_size": 80}, r"layers\.0\.mlp\..*has shape .*96.*, and the model of config\.json has .*80"),
-        ({"vocab_size": 100}, r"embed_tokens\.weight' has shape .*, and the model of config\.json has \(100, 64\)"),
+        (
+            {"intermediate_size": 80},
+            r"layers\.0\.mlp\..* in model\.safetensors has shape .*96.*, and the model of config\.json has .*80",
+        ),
+        (
+            {"vocab_size": 100},
+            r"embed_tokens\.weight' in model\.safetensors has shape .*, and the model of config\.json has \(100, 64\)",
+        ),
         ({"hidden_size": "64"}, r"cannot build model_type 'llama'.*Field 'hidden_size' expected int"),
     ],
 )

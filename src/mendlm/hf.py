@@ -158,11 +158,12 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         wide = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
         untold, shown, modules = set[str](), _initialized(), _modules(model)
-        tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+        ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+        tied = {*ties, *ties.values()}
         for path, facts in self.quantization_config.modules.items():
             place = places[path]
             dense, d_out, d_in = _dense_layer(model, path, modules.get(place))
-            if f"{place}.weight" in {*tied, *tied.values()}:
+            if f"{place}.weight" in tied:
                 raise CheckpointError(
                     f"the checkpoint has a compressed linear layer {path!r} whose weight {type(model).__name__} ties "
                     "to the embedding, as tie_word_embeddings in config.json is true. Compress the model again "
@@ -305,17 +306,7 @@ def module_places(folder: Path, paths: Iterable[str]) -> dict[str, str | None]:
     ------
     CheckpointError : transformers cannot build it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError) as err:
-        reason = " ".join(str(err).split()) or type(err).__name__
-        raise CheckpointError(f"transformers cannot build the model of {str(folder)!r}: {reason[:500]}") from err
+    model = empty_model(folder)
     names = _Names(model)
     places = {path: names.in_model(path) for path in paths}
     modules = {path: _submodule(model, place) for path, place in places.items()}
@@ -323,6 +314,27 @@ def module_places(folder: Path, paths: Iterable[str]) -> dict[str, str | None]:
         path: places[path] if isinstance(module, Conv1D) or _multiplies(module) else None
         for path, module in modules.items()
     }
+
+
+def empty_model(folder: Path) -> Any:
+    """The dense model of the config.json in a folder, without memory for its weights.
+
+    Raises
+    ------
+    CheckpointError : transformers cannot build it.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as err:
+        reason = " ".join(str(err).split()) or type(err).__name__
+        raise CheckpointError(f"transformers cannot build the model of {str(folder)!r}: {reason[:500]}") from err
 
 
 class _Names:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mendlm.checkpoints.folder import open_folder
-from mendlm.checkpoints.header import Header
+from mendlm.checkpoints.header import Header, check_shape
 from mendlm.checkpoints.plan import METHOD
 from mendlm.checkpoints.reader import open_shards, read_json_object
 from mendlm.devices import resolve_device
@@ -127,22 +127,15 @@ def _convert(model: Any, runtime: str) -> None:
                 raise located(err, path) from err
 
 
-def _misfit(config: Any, headers: Mapping[Path, Header]) -> str:
-    """The first tensor that has not the shape that the model of a config has for it; empty if none has that name."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+def _check_shapes(folder: Path, headers: Mapping[Path, Header]) -> None:
+    """Refuse a tensor that has not the shape of its place in the model of config.json."""
+    from mendlm.hf import empty_model
 
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    wanted = {name: tuple(value.shape) for name, value in empty_model(folder).state_dict().items()}
     for path, header in headers.items():
         for info in header.tensors:
-            if wanted.get(info.name, info.shape) != info.shape:
-                return (
-                    f"{info.name!r} in {path.name} has shape {info.shape}, and the model of config.json has "
-                    f"{wanted[info.name]} there. They are of different models: fetch both again."
-                )
-    return ""
+            if info.name in wanted:
+                check_shape(info, path.name, wanted[info.name])
 
 
 def _from_pretrained(
@@ -175,8 +168,8 @@ def _from_pretrained(
         except MendError:
             raise
         except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as err:
-            if "ignore_mismatched_sizes" in str(err) and (misfit := _misfit(config, headers)):
-                raise CheckpointError(misfit) from err
+            if "ignore_mismatched_sizes" in str(err):  # it says that some do not fit, not which
+                _check_shapes(folder, headers)
             reason = " ".join(str(err).split()) or type(err).__name__
             raise CheckpointError(f"transformers cannot open {str(folder)!r}: {reason[:500]}") from err
         finally:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mendlm._memory import trim
 from mendlm.calibration.products import quick_products
-from mendlm.checkpoints.header import FLOATING, TensorInfo
+from mendlm.checkpoints.header import FLOATING, TensorInfo, check_shape
 from mendlm.checkpoints.reader import Checkpoint, Shard, read_tensor
 from mendlm.errors import CheckpointError, UsageError
 from mendlm.experts import split_stacked, unfuse
@@ -282,12 +282,9 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def _check_shapes(module: nn.Module, files: Mapping[str, tuple[Shard, TensorInfo]]) -> None:
     """Refuse a tensor that has not the shape of its place in `module`."""
     known = _shapes(module)
-    for name, (_, info) in files.items():
-        if info.dtype in FLOATING and known.get(name, info.shape) != info.shape:
-            raise CheckpointError(
-                f"{info.name!r} has shape {info.shape}, and the model of config.json has {known[name]} there. "
-                "They are of different models: fetch both again."
-            )
+    for name, (shard, info) in files.items():
+        if info.dtype in FLOATING and name in known:
+            check_shape(info, shard.name, known[name])
 
 
 def _assign(module: nn.Module, files: Mapping[str, tuple[Shard, TensorInfo]], dtype: torch.dtype) -> None:

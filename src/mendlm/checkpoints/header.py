@@ -97,6 +97,20 @@ class Header:
     by_name: Mapping[str, TensorInfo] = field(repr=False)
 
 
+def check_shape(info: TensorInfo, file: str, wanted: tuple[int, ...]) -> None:
+    """Refuse a tensor of `file` that has not the shape that the model has for it.
+
+    Raises
+    ------
+    CheckpointError : it has another one.
+    """
+    if info.shape != wanted:
+        raise CheckpointError(
+            f"{info.name!r} in {file} has shape {info.shape}, and the model of config.json has {wanted} there. "
+            "They are of different models: fetch both again."
+        )
+
+
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
     """Bytes of a tensor; entries of 4 or 6 bits are stored without gaps."""
     return prod(shape) * DTYPE_BITS[dtype] // 8
