@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from mendlm.devices import resolve_device
 from mendlm.errors import UsageError
 from mendlm.families import split_block
 from mendlm.measuring import ModelCurves, Patterns, Tell, fingerprint_of, measure_curves
-from mendlm.paths import local_path
+from mendlm.paths import check_parent, local_path
 from mendlm.patterns import Adjustable, Pattern
 from mendlm.pipeline import open_model
 from mendlm.planning import CompressionPlan, make_plan
@@ -262,8 +263,8 @@ def plan_budget(
     patterns = _patterns(base, target, sparsities)
     fingerprint = fingerprint_of(checkpoint, recipe, rank_step, where)
     file = None if curves is None else local_path(curves)
-    if file is not None and not file.absolute().parent.is_dir():
-        raise UsageError(f"curves {str(file)!r} is in a folder that does not exist.")
+    if file is not None:
+        check_parent(file, f"curves {str(file)!r}")
     if file is not None and file.exists():
         measured = ModelCurves.load(file)
         measured.check(file, fingerprint, patterns)
@@ -459,7 +460,7 @@ class _Choice:
         overrides = []
         for tensor, settings, index in zip(self._compressed, self._settings, chosen.indices, strict=True):
             setting = settings[index]
-            fields: dict[str, Any] = {"match": exact_glob(tensor.name)}
+            fields: dict[str, Any] = {"match": glob.escape(tensor.name)}
             if len({other.pattern for other in settings}) > 1:
                 fields["sparsity"] = setting.pattern.sparsity
             if self._base.recipe.refiner != PruneOnly.name:  # also where 0 is the only rank: the recipe has another
@@ -485,11 +486,6 @@ class _Choice:
             dense_bytes=tensor.dense_bytes,
             stored_bytes=tensor.stored_bytes,
         )
-
-
-def exact_glob(name: str) -> str:
-    """A glob that matches `name` alone."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _weight(objective: Objective, curves: TensorCurves) -> float:

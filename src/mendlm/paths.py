@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from mendlm.errors import UsageError
+
 _FILE_URL = re.compile(r"(?:file|local):(?://|(?=/))")  # a Path has one of the slashes only
 
 
@@ -20,3 +22,14 @@ def local_path(path: str | Path) -> Path:
     Of a ``file://`` URL the path in it.
     """
     return Path(os.path.expanduser(_FILE_URL.sub("", str(path), count=1)))
+
+
+def check_parent(path: Path, what: str) -> None:
+    """Refuse a file to write, called `what` in the sentence, in a folder that does not exist.
+
+    Raises
+    ------
+    UsageError : there is no such folder.
+    """
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{what} is in a folder that does not exist.")

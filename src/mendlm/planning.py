@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -101,9 +102,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, sparsities: Mapping[str, f
 def _check_overrides(recipe: Recipe, names: Collection[str]) -> None:
     """Refuse an override for one tensor that is none of these; a glob may match nothing."""
     for override in recipe.overrides:
-        exact = re.sub(r"\[([*?[])\]", r"\1", override.match)  # what `exact_glob` made of the name
-        is_glob = re.search(r"[*?[]", re.sub(r"\[[*?[]\]", "", override.match))
-        if not is_glob and exact not in names:
+        name = re.sub(r"\[([*?[])\]", r"\1", override.match)  # if `glob.escape` made it of a name
+        if glob.escape(name) == override.match and name not in names:
             raise UsageError(
                 f"override {override.match!r} is of a tensor that the model does not have, so the recipe is of another "
                 "model. Make one for this model with mendlm plan, or give a glob."

@@ -121,11 +121,6 @@ def compress(
         from mendlm.execution import make_executor
 
         chosen = recipe_of(ctx.params)
-        if activation_dir is not None and chosen.calibration is None:
-            raise UsageError(
-                f"--activation-dir {str(activation_dir)!r} is for calibration, and there is none. "
-                "Give --calibration SOURCE, or leave it out."
-            )
         spread = make_executor(executor, workers=workers, task_timeout=task_timeout, ray_address=ray_address)
         if dry_run:
             from mendlm.pipeline import plan
@@ -156,7 +151,7 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
 
     Raises
     ------
-    UsageError : as `resolve_recipe`.
+    UsageError : as `resolve_recipe`; or a folder for activations without calibration.
     """
     flags = {name: options[name] for name in _FIELDS}
     flags |= {name: options[name] or None for name in ("include", "exclude")}
@@ -164,7 +159,13 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
     zeros = Zeros(*(options[name] for name in Zeros._fields))
     text = {name: options[name] for name in ("n_sequences", "seqlen", "windows", "propagate", "batch_size")}
     text = {"source": options["calibration"], **text, "dtype": options["calibration_dtype"]}
-    return resolve_recipe(one_source(options["recipe"], options["preset"]), flags, zeros, text)
+    recipe = resolve_recipe(one_source(options["recipe"], options["preset"]), flags, zeros, text)
+    if options["activation_dir"] is not None and recipe.calibration is None:
+        raise UsageError(
+            f"--activation-dir {str(options['activation_dir'])!r} is for calibration, and there is none. "
+            "Give --calibration SOURCE, or leave it out."
+        )
+    return recipe
 
 
 class Zeros(NamedTuple):

@@ -26,7 +26,7 @@ from mendlm.cli._options import DeviceOption, JsonOption, TracebackOption
 from mendlm.cli._progress import counted, progress_view
 from mendlm.cli.compress import recipe_of
 from mendlm.errors import UsageError
-from mendlm.paths import local_path
+from mendlm.paths import check_parent, local_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -224,8 +224,7 @@ def plan(
 def _check_file(flag: str, path: Path) -> None:
     if path.is_dir():
         raise UsageError(f"{flag} {str(path)!r} is a folder. Give the name of a file.")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"{flag} {str(path)!r} is in a folder that does not exist.")
+    check_parent(path, f"{flag} {str(path)!r}")
 
 
 def _check_apart(places: Mapping[str, Path]) -> None:

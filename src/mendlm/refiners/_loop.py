@@ -351,10 +351,8 @@ def _metric(
     if metric.scale is not None and metric.scale.shape != (W.shape[1],):
         raise UsageError(f"the metric is of {metric.scale.shape[0]} inputs, W of shape {tuple(W.shape)} has others.")
     # Columns scaled by a wider metric are as wide; those of a narrower one do not go with its Gram matrix.
-    if isinstance(metric, GramMetric) and metric.parts()[0].dtype != torch.promote_types(
-        dtype, metric.parts()[0].dtype
-    ):
-        made = metric.parts()[0].dtype
+    made = metric.parts()[0].dtype if isinstance(metric, GramMetric) else dtype
+    if made != torch.promote_types(dtype, made):
         raise UsageError(
             f"the Gram metric is in {made}, narrower than the {dtype} to compute in. Make it in {dtype}, or pass "
             f"dtype={made}."

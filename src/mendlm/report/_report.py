@@ -13,7 +13,7 @@ from mendlm import plotting
 from mendlm.checkpoints.writer import storage_errors, write_file
 from mendlm.errors import StorageError, UsageError
 from mendlm.evaluation.printed import Evaluation, evaluation_of, read_evaluations
-from mendlm.paths import local_path
+from mendlm.paths import check_parent, local_path
 from mendlm.report._figures import Figure, Point
 from mendlm.report._page import Content, render
 from mendlm.report._runs import Run, read_runs, same_model
@@ -156,8 +156,7 @@ def _check_output(dest: Path, overwrite: bool) -> None:
         raise UsageError(f"{str(dest)!r} is a folder. Give the name of a file, such as {DEFAULT_FILE}.")
     if dest.exists() and not overwrite:
         raise UsageError(f"{str(dest)!r} exists. Pass --overwrite, or choose another name with --output.")
-    if not dest.absolute().parent.is_dir():
-        raise UsageError(f"{str(dest)!r} is in a folder that does not exist.")
+    check_parent(dest, repr(str(dest)))
 
 
 def _choose(run: Run, runs: Sequence[Run], names: Sequence[str]) -> tuple[str, ...]:
