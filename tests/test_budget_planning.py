@@ -25,7 +25,7 @@ from mendlm.cli import main
 from mendlm.config import Override
 from mendlm.curves import anchors, between, error_curve, rank_grid
 from mendlm.errors import CheckpointError, MissingDependencyError, UsageError
-from mendlm.execution.run import BlockStarted
+from mendlm.execution.run import BlockStarted, TensorStarted
 from mendlm.measuring import CurvesDone, ModelCurves
 from mendlm.metrics import Metric, make_metric
 from mendlm.patterns import NM, Pattern, Unstructured
@@ -262,12 +262,83 @@ def test_curves_are_read_back_and_belong_to_one_run(tiny_llama: Path, tmp_path: 
         plan_budget(tiny_llama, Recipe(criterion="random", rank=4), target_rank_bytes=FACTORS, curves=file)
     with pytest.raises(UsageError, match="another run: rank_step was 4, now 2"):
         plan_budget(tiny_llama, HALF, target_rank_bytes=FACTORS, curves=file, rank_step=2)
-    with pytest.raises(
-        UsageError, match=r"no curve of 'model.layers.0.mlp.down_proj.weight' at 0.3 tensor, and \d+ more"
-    ):
-        plan_budget(tiny_llama, HALF, target_bytes=0.7, curves=file)
     other = plan_budget(tiny_llama, Recipe(rank=8), target_rank_bytes=FACTORS, curves=file)  # the rank is chosen anyway
     assert [t.rank for t in other.tensors] == [t.rank for t in first.tensors]
+
+
+def test_a_file_of_curves_grows_by_what_a_target_needs(tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "curves.json"
+    events: list[Any] = []
+    some = HALF.model_copy(update={"include": ("*.mlp.*",)})
+    plan_budget(tiny_llama, some, target_rank_bytes=FACTORS, curves=file)
+    plan_budget(tiny_llama, HALF, target_rank_bytes=FACTORS, curves=file, on_event=events.append)
+    measured = [event for event in events if isinstance(event, CurvesDone)]
+    assert [event.index for event in measured] == list(range(7, 15))
+    assert not any(".mlp." in event.curves.name for event in measured)
+    assert measured[-1].done_bytes == measured[-1].total_bytes
+
+    wide: dict[str, Any] = {"target_bytes": 0.7, "sparsities": (0.3, 0.6)}
+    grown = plan_budget(tiny_llama, HALF, **wide, curves=file, on_event=events.append)
+    added = [event.curves for event in events if isinstance(event, CurvesDone)][len(measured) :]
+    assert {curve.pattern.sparsity for curves in added for curve in curves.curves} == {0.3, 0.6}
+    fresh = plan_budget(tiny_llama, HALF, **wide)
+    assert grown.curves == ModelCurves.load(file) == fresh.curves
+    assert grown.recipe == fresh.recipe
+
+
+@pytest.mark.parametrize("is_calibrated", [False, True], ids=["data-free", "calibrated"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_plan_goes_on(
+    error: type[BaseException], is_calibrated: bool, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    calibration = {"source": str(text_file), "n_sequences": 4, "seqlen": 64} if is_calibrated else None
+    recipe = Recipe(criterion="wanda" if is_calibrated else "magnitude", pattern="2:4", rank=4, calibration=calibration)
+    file, n_done = tmp_path / "curves.json", 0
+
+    def stop(event: Any) -> None:
+        nonlocal n_done
+        n_done += isinstance(event, CurvesDone)
+        if n_done == 9 and not isinstance(event, CurvesDone):  # while the tenth is at work, in the second block
+            raise error
+
+    with pytest.raises(error):
+        plan_budget(tiny_llama, recipe, target_rank_bytes=FACTORS, curves=file, on_event=stop)
+    assert len(ModelCurves.load(file).tensors) == 9
+    events: list[Any] = []
+    found = plan_budget(tiny_llama, recipe, target_rank_bytes=FACTORS, curves=file, on_event=events.append)
+    assert sum(isinstance(event, CurvesDone) for event in events) == 5
+    assert found.curves == plan_budget(tiny_llama, recipe, target_rank_bytes=FACTORS).curves
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_command_says_how_to_go_on(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mendlm.budget_planning, "measure_curves", interrupted)
+    arguments = ["plan", str(tiny_llama), "--target-bytes", "0.7"]
+    assert main(arguments) == 130
+    assert "interrupted. Pass --curves to keep what is measured." in capsys.readouterr().err
+    assert main([*arguments, "--curves", str(tmp_path / "curves.json")]) == 130
+    said = capsys.readouterr().err
+    assert f"interrupted. Run the same command to go on from the curves in {tmp_path / 'curves.json'}." in said
+
+
+def test_curves_are_saved_on_the_way(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed leaves what it had."""
+    monkeypatch.setattr(mendlm.measuring, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(mendlm.measuring, "REST_OF_SAVING", 0.0)
+    file = tmp_path / "curves.json"
+    seen: list[int] = []
+
+    def look(event: Any) -> None:
+        if isinstance(event, TensorStarted):
+            seen.append(len(ModelCurves.load(file).tensors) if file.exists() else 0)
+
+    plan_budget(tiny_llama, HALF, target_rank_bytes=FACTORS, curves=file, on_event=look)
+    assert seen == list(range(14))
 
 
 def test_curves_of_another_model_are_refused(tiny_llama: Path, make_tiny_llama: Any, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_the_walk_sees_what_the_whole_model_sees(saved: Any, kind: Kind) -> None
     checkpoint = open_checkpoint(folder)
     plan = make_plan(checkpoint, Recipe(pattern=NM(2, 4), refiner="none"))
     model = BlockModel(checkpoint, torch.device("cpu"), torch.float32)
-    by_block = modules_by_block(model, plan)
+    by_block = modules_by_block(model, plan.compressed)
     assert {index: len(names) for index, names in by_block.items()} == {0: kind.n_matrices, 1: kind.n_matrices}
     expected = hooked_moments(folder, ids)
     walk = Walk(model, CalibrationText(ids, 2), lambda index, phase: None)

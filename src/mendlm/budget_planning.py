@@ -22,7 +22,7 @@ from mendlm.curves import TensorCurves
 from mendlm.devices import resolve_device
 from mendlm.errors import UsageError
 from mendlm.families import split_block
-from mendlm.measuring import ModelCurves, Patterns, Tell, fingerprint_of, measure_curves
+from mendlm.measuring import ModelCurves, Patterns, Tell, measure_curves
 from mendlm.paths import check_parent, local_path
 from mendlm.patterns import Adjustable, Pattern
 from mendlm.pipeline import open_model
@@ -229,7 +229,8 @@ def plan_budget(
     sparsities : to choose from where sparsities are chosen, for tensors whose pattern has a free sparsity; that of the
         recipe is always among them. Default 0.3, 0.4, … 0.8. One pattern is one measurement.
     rank_step : ranks are multiples of it.
-    curves : a JSON file. If it exists the curves are read from it, otherwise measured and written to it.
+    curves : a JSON file that keeps the curves: those in it are taken, the others are measured and added to it. What an
+        interrupted or failed run has measured is in it, too.
     device, activation_dir : as for `compress`.
     on_event : called with `TensorStarted`, `CurvesDone` and, in calibrated work, `BlockStarted`.
 
@@ -261,19 +262,19 @@ def plan_budget(
     checkpoint = open_model(model)
     base = make_plan(checkpoint, recipe)
     patterns = _patterns(base, target, sparsities)
-    fingerprint = fingerprint_of(checkpoint, recipe, rank_step, where)
     file = None if curves is None else local_path(curves)
     if file is not None:
         check_parent(file, f"curves {str(file)!r}")
-    if file is not None and file.exists():
-        measured = ModelCurves.load(file)
-        measured.check(file, fingerprint, patterns)
-    else:
-        measured = measure_curves(
-            checkpoint, base, patterns, rank_step=rank_step, device=where, activation_dir=activation_dir, tell=on_event
-        )
-        if file is not None:
-            measured.save(file)
+    measured = measure_curves(
+        checkpoint,
+        base,
+        patterns,
+        rank_step=rank_step,
+        device=where,
+        file=file,
+        activation_dir=activation_dir,
+        tell=on_event,
+    )
     return _Choice(checkpoint, base, target, objective, patterns, measured).result(started)
 
 

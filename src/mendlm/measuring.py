@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ from mendlm.calibration.prepare import Prepared
 from mendlm.checkpoints.plan import PlannedTensor
 from mendlm.checkpoints.reader import Checkpoint, read_weight
 from mendlm.checkpoints.staging import differences
-from mendlm.checkpoints.writer import write_file
+from mendlm.checkpoints.writer import replace_file
 from mendlm.config import Recipe
 from mendlm.curves import ErrorCurve, TensorCurves, error_curve, rank_grid
 from mendlm.errors import CheckpointError, MendError, UsageError, located
@@ -35,6 +35,8 @@ from mendlm.refiners import PruneOnly
 from mendlm.selection import select
 
 FORMAT = "mendlm-curves-1"
+# A file is saved this often at most, and after this many times what saving it took: a twentieth of the time.
+SECONDS_BETWEEN_SAVES, REST_OF_SAVING = 30.0, 20.0
 # What a recipe says that no curve depends on: the patterns are in the curves themselves.
 _WITHOUT_EFFECT = ("rank", "overrides", "pattern", "skip_layers", "include", "exclude")
 
@@ -78,7 +80,7 @@ class ModelCurves:
     tensors: Mapping[str, TensorCurves]
 
     def save(self, path: Path) -> None:
-        """Write them to a JSON file.
+        """Write them to a JSON file, in place of what it held, all or nothing.
 
         Raises
         ------
@@ -89,7 +91,7 @@ class ModelCurves:
             "fingerprint": self.fingerprint,
             "tensors": [tensor.to_dict() for tensor in self.tensors.values()],
         }
-        write_file(path, json.dumps(document, ensure_ascii=False).encode() + b"\n")
+        replace_file(path, json.dumps(document, ensure_ascii=False).encode() + b"\n")
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -113,23 +115,21 @@ class ModelCurves:
         except (KeyError, TypeError, ValueError) as err:
             raise CheckpointError(f"the curves in {str(path)!r} are damaged: {err}. Delete the file.") from err
 
-    def check(self, path: Path, fingerprint: Mapping[str, Any], patterns: Patterns) -> None:
-        """Raise `UsageError` unless these are the curves that a run asks for; the message says what differs."""
-        found = differences(self.fingerprint, fingerprint)
-        missing = [
-            (name, pattern) for name, asked in patterns.items() for pattern in asked if not self._has(name, pattern)
-        ]
-        if not found and missing:
-            name, pattern = missing[0]
-            found = f"no curve of {name!r} at {pattern}" + (f", and {len(missing) - 1} more" if missing[1:] else "")
-        if found:
+    def check(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
+        """Raise `UsageError` unless these are of the run that asks for them; the message says what differs."""
+        if found := differences(self.fingerprint, fingerprint):
             raise UsageError(
                 f"the curves in {str(path)!r} are of another run: {found}. Delete the file to measure again, or give "
                 "another one."
             )
 
-    def _has(self, name: str, pattern: Pattern) -> bool:
-        return name in self.tensors and self.tensors[name].curve(pattern) is not None
+    def missing(self, patterns: Patterns) -> Patterns:
+        """What of `patterns` has no curve here, by tensor name."""
+        found = {
+            name: tuple(p for p in asked if name not in self.tensors or self.tensors[name].curve(p) is None)
+            for name, asked in patterns.items()
+        }
+        return {name: left for name, left in found.items() if left}
 
 
 def fingerprint_of(checkpoint: Checkpoint, recipe: Recipe, rank_step: int, device: torch.device) -> dict[str, Any]:
@@ -157,10 +157,11 @@ def measure_curves(
     *,
     rank_step: int,
     device: torch.device,
+    file: Path | None = None,
     activation_dir: str | Path | None = None,
     tell: Tell = lambda event: None,
 ) -> ModelCurves:
-    """Measure the error curves of every tensor that a plan compresses.
+    """The error curves of every tensor that a plan compresses: measured, but for those that a file has.
 
     Parameters
     ----------
@@ -168,28 +169,73 @@ def measure_curves(
     patterns : to measure, by tensor name.
     rank_step : ranks are multiples of it.
     device : where to compute.
+    file : keeps the curves. It is written every half minute and at the end, also of a run that fails or is interrupted;
+        the next run measures what is missing.
     activation_dir : as for `compress`.
     tell : called with `TensorStarted`, `CurvesDone` and, in calibrated work, `BlockStarted`.
 
     Raises
     ------
-    UsageError, NonFiniteError, CheckpointError : as `compress`; the message names the tensor.
+    UsageError : as `compress`; the message names the tensor. Also where the curves in the file are of another model or
+        of other settings.
+    NonFiniteError, CheckpointError, StorageError : as `compress`.
 
     Notes
     -----
     Without calibration tensors stream: memory is that of the largest one. With it the text runs through the dense model
     once, whatever `propagate` says, and memory is that of one block.
     """
-    run = _Measuring(checkpoint, plan, patterns, rank_step, device, tell)
+    known = ModelCurves(fingerprint_of(checkpoint, plan.recipe, rank_step, device), {})
+    if file is not None and file.exists():
+        loaded = ModelCurves.load(file)
+        loaded.check(file, known.fingerprint)
+        known = loaded
+    missing = known.missing(patterns)
+    if not missing:
+        return known
+    run = _Measuring(checkpoint, plan, missing, rank_step, device, tell)
     prepared = prepare_calibration(checkpoint, plan, device, activation_dir)
-    found = run.streaming() if prepared is None else run.walking(prepared)
-    by_name = {curves.name: curves for curves in found}
-    tensors = {tensor.name: by_name[tensor.name] for tensor in plan.compressed}
-    return ModelCurves(fingerprint_of(checkpoint, plan.recipe, rank_step, device), tensors)
+    kept = _Kept(known, file)
+    try:
+        for measured in run.streaming() if prepared is None else run.walking(prepared):
+            kept.add(measured)
+    finally:
+        kept.save()
+    return kept.curves
+
+
+class _Kept:
+    """Curves that grow, and a file that follows them."""
+
+    def __init__(self, known: ModelCurves, file: Path | None) -> None:
+        self._tensors = dict(known.tensors)
+        self.curves = replace(known, tensors=self._tensors)
+        self._file, self._is_saved = file, True
+        self._save_at = time.monotonic() + SECONDS_BETWEEN_SAVES
+
+    def add(self, measured: TensorCurves) -> None:
+        """Curves of a tensor, beside those of its other patterns if there are some."""
+        known = self._tensors.get(measured.name)
+        if known is not None:
+            measured = replace(measured, curves=(*known.curves, *measured.curves))
+        self._tensors[measured.name] = measured
+        self._is_saved = False
+        if time.monotonic() >= self._save_at:
+            self.save()
+
+    def save(self) -> None:
+        """Write what the file lacks."""
+        if self._file is None or self._is_saved:
+            return
+        started = time.monotonic()
+        self.curves.save(self._file)
+        self._is_saved = True
+        ended = time.monotonic()
+        self._save_at = ended + max(SECONDS_BETWEEN_SAVES, REST_OF_SAVING * (ended - started))
 
 
 class _Measuring:
-    """One run over the tensors of a plan."""
+    """One run over the tensors of a plan that lack curves of some `patterns`."""
 
     def __init__(
         self,
@@ -203,12 +249,14 @@ class _Measuring:
         self._plan, self._patterns, self._rank_step = plan, patterns, rank_step
         self._device, self._tell = device, tell
         self._shards = {shard.name: shard for shard in checkpoint.shards}
+        self._tensors = [tensor for tensor in plan.compressed if tensor.name in patterns]
         self._total_bytes = sum(tensor.dense_bytes for tensor in plan.compressed)
-        self._n_done = self._done_bytes = 0
+        self._done_bytes = self._total_bytes - sum(tensor.dense_bytes for tensor in self._tensors)
+        self._n_done = len(plan.compressed) - len(self._tensors)
 
     def streaming(self) -> Iterator[TensorCurves]:
         """Tensor by tensor."""
-        for tensor in self._plan.compressed:
+        for tensor in self._tensors:
             yield self._measure(tensor, None)
 
     def walking(self, prepared: Prepared) -> Iterator[TensorCurves]:
@@ -219,8 +267,8 @@ class _Measuring:
         walk = Walk(
             prepared.model, prepared.text, lambda index, phase: self._tell(BlockStarted(index + 1, n_blocks, phase))
         )
-        by_name = {tensor.name: tensor for tensor in self._plan.compressed}
-        by_block = modules_by_block(prepared.model, self._plan)
+        by_name = {tensor.name: tensor for tensor in self._tensors}
+        by_block = modules_by_block(prepared.model, self._tensors)
         gram = self._plan.recipe.needs == "gram"
         for index in range(max(by_block) + 1):
             modules = by_block.get(index, {})

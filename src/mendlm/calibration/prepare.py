@@ -62,7 +62,7 @@ def prepare(checkpoint: Checkpoint, plan: CompressionPlan, device: torch.device,
     if calibration is None:
         raise UsageError("the recipe has no calibration.")
     model = BlockModel(checkpoint, device, _run_dtype(plan, device))
-    modules_by_block(model, plan)
+    modules_by_block(model, plan.compressed)
     windows = calibration_windows(
         checkpoint.folder,
         calibration,
@@ -98,7 +98,7 @@ def survey(
     walk = Walk(prepared.model, prepared.text, tell)
     fracs: dict[int, float] = {}
     sizes: dict[int, int] = {}
-    by_block = modules_by_block(prepared.model, plan)
+    by_block = modules_by_block(prepared.model, plan.compressed)
     for index in range(max(by_block) + 1):
         modules = by_block.get(index, {})
         with prepared.model.loaded(index) as block:

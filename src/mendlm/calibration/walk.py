@@ -18,7 +18,7 @@ from mendlm.errors import UsageError
 from mendlm.inputs import InputStats
 
 if TYPE_CHECKING:
-    from mendlm.planning import CompressionPlan
+    from mendlm.checkpoints.plan import PlannedTensor
 
 
 @dataclass(frozen=True)
@@ -140,15 +140,15 @@ class Walk:
                 after_batch()
 
 
-def modules_by_block(model: BlockModel, plan: CompressionPlan) -> dict[int, dict[str, tuple[str, int]]]:
-    """Block -> tensor name -> (path of its module in the block, d_in), for the tensors to compress.
+def modules_by_block(model: BlockModel, tensors: Iterable[PlannedTensor]) -> dict[int, dict[str, tuple[str, int]]]:
+    """Block -> tensor name -> (path of its module in the block, d_in), for tensors to compress.
 
     Raises
     ------
     UsageError : a tensor to compress is outside the blocks, where calibration sees no inputs.
     """
     found: dict[int, dict[str, tuple[str, int]]] = {}
-    for tensor in plan.compressed:
+    for tensor in tensors:
         place = model.module_path(tensor.name)
         if place is None or place[0] >= model.n_blocks:
             raise UsageError(

@@ -199,6 +199,24 @@ def write_file(path: Path, content: bytes) -> None:
     _write_new(path, [memoryview(content)])
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file beside `path` and give it that name when it is on the disk: what was there stays till then.
+
+    Raises
+    ------
+    StorageError : the disk is full, or cannot be written; `path` is as it was.
+    """
+    place = path.resolve()  # of what a link names
+    new = place.with_name(f".{place.name}.new")
+    try:
+        write_file(new, content)
+        with storage_errors(path):
+            new.replace(place)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file's content (its mode follows the umask) and wait until it is on the disk.
 

@@ -113,7 +113,7 @@ def plan(
         typer.Option(
             "--curves",
             metavar="FILE",
-            help="Keep the measured error curves there, or take them from there.",
+            help="Keep the error curves there, also of an interrupted run; what the file has is not measured again.",
             rich_help_panel=_BUDGET,
         ),
     ] = None,
@@ -185,6 +185,11 @@ def plan(
             _check_output(output, overwrite)
         if plot is not None:
             check_plot(plot)
+        ctx.find_root().obj.interrupt_hint = (
+            "Pass --curves to keep what is measured."
+            if curves is None
+            else f"Run the same command to go on from the curves in {places['--curves']}."
+        )
         with progress_view(stream, "plan") as view:
 
             def on_event(event: MeasuringEvent) -> None:
@@ -207,7 +212,7 @@ def plan(
                 sparsities=_parse_sparsities(sparsities),
                 rank_step=DEFAULT_RANK_STEP if rank_step is None else rank_step,
                 curves=curves,
-                device=device or "cpu",
+                device="cpu" if device is None else device,
                 activation_dir=activation_dir,
                 on_event=on_event,
             )

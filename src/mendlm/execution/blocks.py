@@ -52,7 +52,7 @@ class BlockRun(Run):
         super().__init__(*run)
         self._model, self._text = model, text
         self._matching = self.plan.recipe.match_blocks
-        self._by_block = modules_by_block(model, self.plan)
+        self._by_block = modules_by_block(model, self.plan.compressed)
         self._by_name = {tensor.name: tensor for tensor in self.plan.tensors}
         # What matching changes beside the compressed weights: block -> name in the block -> tensor.
         self._vectors: dict[int, dict[str, PlannedTensor]] = {}
