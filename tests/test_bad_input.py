@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mendlm
 from mendlm import NM, Recipe, Unstructured
 from mendlm.checkpoints.staging import partial_folder
 from mendlm.errors import CheckpointError, MendError, NonFiniteError, StorageError, UsageError
@@ -192,6 +193,26 @@ def test_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
 def test_no_config(model: Path, tmp_path: Path) -> None:
     (model / "config.json").unlink()
     refused(model, tmp_path, CheckpointError, r"has weights but no config\.json")
+    with pytest.raises(CheckpointError, match=r"has weights but no config\.json"):
+        mendlm.load(model)
+
+
+def test_an_empty_path(tmp_path: Path) -> None:
+    refused("", tmp_path, UsageError, r"a path is empty. Give '\.' for the current folder")
+    for work in (mendlm.load, mendlm.verify):
+        with pytest.raises(UsageError, match="a path is empty"):
+            work("")
+
+
+def test_weights_of_a_dtype_that_is_not_compressed(model: Path, tmp_path: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, model / "model.safetensors")
+    message = rf"'{name}' has dtype F8_E4M3, and mendlm compresses F64, F32, F16, BF16\. .* --exclude '{name}'"
+    refused(model, tmp_path, UsageError, message)
+    out = tmp_path / "out"
+    compress(model, out, QUICK.model_copy(update={"exclude": (name,)}))
+    assert load_file(out / "model.safetensors")[name].dtype == torch.float8_e4m3fn
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "is not valid JSON"), ("[]", "must hold a JSON object, got list")])
@@ -313,6 +334,11 @@ def test_out_is_not_empty(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "parent" / "out"
     out.mkdir(parents=True)
     (out / "precious").write_text("x")
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        refused(
+            tiny_llama, tmp_path, UsageError, r"holds no config\.json.* but 'precious', so it is not a check", **how
+        )
+    (out / "config.json").write_text("{}")
     refused(tiny_llama, tmp_path, UsageError, r"OUT .* exists and is not empty\. Pass --overwrite")
     refused(tiny_llama, tmp_path, UsageError, r"is not empty and holds no run to resume", resume=True)
 

@@ -138,6 +138,7 @@ def test_tied_weights_count_once() -> None:
         ({"runtimes": []}, "runtimes is empty"),
         ({"prompt_tokens": 0}, "prompt_tokens must be at least 1, got 0"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"threads": 100_000}, r"threads must be at most \d+, the cores of this machine, got 100000"),
         ({"dtype": "float8"}, "unknown dtype 'float8'"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
         ({"dense": "nowhere"}, "'nowhere' is no folder"),

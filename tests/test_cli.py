@@ -134,6 +134,15 @@ def test_progress_is_one_line_a_tensor(journey: Journey) -> None:
     assert "eta" in journey.compress.stderr
 
 
+def test_who_chose_the_masks(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for refiner, is_said in (("oats", True), ("tlr", False)):
+        how = [str(tiny_llama), str(tmp_path / refiner), "--refiner", refiner, "--rank", "4", "--n-iter", "2"]
+        for more in (["--dry-run"], []):
+            assert main(["compress", *how, *more]) == 0
+            said = re.search("masks +chosen by refiner oats, not by criterion magnitude", capsys.readouterr().out)
+            assert (said is not None) == is_said
+
+
 def test_dry_run_tells_the_truth(journey: Journey) -> None:
     document = json.loads(journey.dry_run.stdout)
     real = json.loads(journey.compress.stdout)
@@ -195,6 +204,8 @@ def broken(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
     (root / "filled").mkdir()
     (root / "filled" / "notes.txt").write_text("mine")
+    (root / "taken").mkdir()
+    (root / "taken" / "config.json").write_text("{}")
     (root / "recipe.yaml").write_text("criterion: magnitude\nrnak: 4\n")
     (root / "tiny").symlink_to(tiny_llama)
     return root
@@ -203,7 +214,9 @@ def broken(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # arguments (a folder's name in `broken` stands for it), exit code, what the sentence says
 FAILURES = {
     "no model": ("compress @nowhere @out", 2, "nowhere' is not a folder"),
-    "out exists": ("compress @tiny @filled", 2, "exists and is not empty. Pass --overwrite"),
+    "out exists": ("compress @tiny @taken", 2, "exists and is not empty. Pass --overwrite"),
+    "out is no checkpoint": ("compress @tiny @filled", 2, "but 'notes.txt', so it is not a checkpoint and will not be"),
+    "empty device": ("compress @tiny @out --device=", 2, "unknown device ''"),
     "sparsity": ("compress @tiny @out --sparsity 1.5", 2, r"sparsity must be in \[0, 1\], got 1.5"),
     "criterion": ("compress @tiny @out --criterion magnitud", 2, "Did you mean 'magnitude'"),
     "rank": ("compress @tiny @out --rank 1000", 2, r"rank must be in \[0, \d+\].*got 1000.*\[model.layers"),

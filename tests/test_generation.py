@@ -194,6 +194,7 @@ def test_chat(tiny_llama: Path, tmp_path: Path) -> None:
         ({"temperature": -1.0}, "temperature must be 0"),
         ({"temperature": float("nan")}, "temperature must be 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_p": 0.9}, "top_p 0.9 has no effect at temperature 0"),
         ({"seed": -1}, "seed must be in"),
         ({"chat": True}, "has no chat template"),
         ({"runtime": "packed"}, "is not compressed by mendlm"),

@@ -276,7 +276,7 @@ def test_a_module_that_does_not_exist_is_refused(copy: Path) -> None:
 def test_wrong_use_is_refused(tiny_llama: Path, packed: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is no folder"):
         mendlm.load(tmp_path / "nothing")
-    with pytest.raises(UsageError, match=r"holds no config\.json"):
+    with pytest.raises(UsageError, match=r"is not a checkpoint"):
         mendlm.load(tmp_path)
     with pytest.raises(UsageError, match="is not compressed by mendlm"):
         mendlm.load(tiny_llama, runtime="packed")

@@ -25,7 +25,7 @@ def inference_dtype(dtype: str | torch.dtype | None, device: str | torch.device 
     """
     if isinstance(dtype, str):
         return lookup(DTYPES, dtype, "dtype")
-    if dtype is None and str(device or "cpu").startswith("cpu"):
+    if dtype is None and (device is None or str(device).startswith("cpu")):
         return torch.float32
     return dtype
 

@@ -343,6 +343,11 @@ class Recipe(BaseModel):
         return self._refiner_class().calibrated_metric
 
     @property
+    def moves_mask(self) -> bool:
+        """Whether the refiner chooses the masks, whatever those of the criterion are."""
+        return self._refiner_class().moves_mask
+
+    @property
     def needs(self) -> Needs:
         """What calibration has to gather for criteria and metric together."""
         by_metric: dict[str, Needs] = {"plain": "weights", "diagonal": "second_moment", "gram": "gram"}

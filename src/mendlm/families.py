@@ -181,7 +181,7 @@ def is_transposed(model_type: str | None, name: str) -> bool:
 
 
 def can_be_compressed(model_type: str | None, name: str, n_dim: int) -> bool:
-    """Whether a floating tensor is a matrix, or one matrix for each expert in a family that stacks them."""
+    """Whether a tensor is a matrix, or one matrix for each expert in a family that stacks them."""
     family = FAMILIES.get(str(model_type))
     if n_dim == 3 and family is not None and family.stacked is not None:
         return _block_regex(family.blocks, family.stacked).search(name) is not None
@@ -202,7 +202,7 @@ def choose_tensors(
     Parameters
     ----------
     model_type : `model_type` of config.json, a key of `FAMILIES`; not looked at when `include` is given.
-    candidates : the names that could be compressed at all: floating, and `can_be_compressed`.
+    candidates : the names that could be compressed at all: `can_be_compressed`.
     all_names : every tensor of the checkpoint.
     include : globs (`fnmatch`, case-sensitive). If given, exactly the candidates that match any of them are chosen.
     exclude : globs; what they match is taken out of the choice.

@@ -200,6 +200,11 @@ def _check(how: _Sampling, prompt: str) -> None:
         raise UsageError(f"temperature must be 0 (greedy) or a positive number, got {how.temperature!r}.")
     if not 0 < how.top_p <= 1:
         raise UsageError(f"top_p must be in (0, 1], got {how.top_p!r}.")
+    if how.top_p < 1 and how.temperature == 0:
+        raise UsageError(
+            f"top_p {how.top_p!r} has no effect at temperature 0, which takes the likeliest token every time. Raise "
+            "temperature, or leave top_p out."
+        )
     if not 0 <= how.seed < 2**63:
         raise UsageError(f"seed must be in [0, 2**63), got {how.seed!r}.")
 

@@ -247,9 +247,9 @@ def _check_dest(dest: Path, source: Path, overwrite: bool) -> None:
         raise UsageError(f"{str(dest)!r} is a file. Give a folder to write the checkpoint to.")
     if not dest.is_dir() or not any(dest.iterdir()):
         return
+    check_replaceable(dest, (path.name for path in dest.iterdir()))
     if not overwrite:
         raise UsageError(f"{str(dest)!r} exists and is not empty. Use --overwrite to replace it, or another folder.")
-    check_replaceable(dest, (path.name for path in dest.iterdir()))
     if source.resolve().is_relative_to(dest.resolve()):
         raise UsageError(f"{str(source)!r} lies in {str(dest)!r}, which --overwrite would remove. Give another folder.")
 

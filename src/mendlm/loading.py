@@ -12,7 +12,7 @@ from torch import Tensor
 from mendlm.checkpoints.folder import open_folder
 from mendlm.checkpoints.header import Header, check_shape
 from mendlm.checkpoints.plan import METHOD
-from mendlm.checkpoints.reader import open_shards, read_json_object
+from mendlm.checkpoints.reader import find_weights, open_shards, read_json_object
 from mendlm.devices import resolve_device
 from mendlm.errors import CheckpointError, MendError, UsageError, located
 from mendlm.paths import local_path
@@ -44,9 +44,10 @@ def load(
 
     Raises
     ------
-    UsageError : no such folder, no config.json, no weights or pickles only, an unknown runtime or device, a runtime for
+    UsageError : no such folder, no checkpoint in it, pickles only, an unknown runtime or device, a runtime for
         a dense folder, or "semi-structured" where device, dtype or a layer (named) does not allow it.
-    CheckpointError : the folder is damaged: a tensor is missing, has another shape, or its bitmask is inconsistent.
+    CheckpointError : the folder is damaged: config.json or a tensor is missing, a tensor has another shape, or its
+        bitmask is inconsistent.
     """
     folder, compressed = local_path(path), is_compressed(path)
     headers = _check_files(folder)
@@ -71,13 +72,14 @@ def is_compressed(path: str | Path) -> bool:
 
     Raises
     ------
-    UsageError : no such folder, or no config.json in it.
-    CheckpointError : config.json cannot be read.
+    UsageError : no such folder, or it is no checkpoint.
+    CheckpointError : config.json is not there or cannot be read.
     """
     folder = local_path(path)
     if not folder.is_dir():
         raise UsageError(f"{str(path)!r} is no folder. Download the model first and give the folder that holds it.")
     if not (folder / "config.json").is_file():
+        find_weights(folder)  # says what is there in its place
         raise UsageError(f"{str(path)!r} holds no config.json: it is not a transformers checkpoint.")
     quantization = read_json_object(folder / "config.json").get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD

@@ -20,7 +20,13 @@ def local_path(path: str | Path) -> Path:
     """The path with the home folder in place of a leading ``~`` or ``~user``; unchanged if there is no such user.
 
     Of a ``file://`` URL the path in it.
+
+    Raises
+    ------
+    UsageError : it is empty, which would mean the current folder.
     """
+    if not str(path):
+        raise UsageError("a path is empty. Give '.' for the current folder.")
     return Path(os.path.expanduser(_FILE_URL.sub("", str(path), count=1)))
 
 

@@ -190,7 +190,7 @@ def compress(
         raise UsageError("overwrite starts anew and resume continues: pass one of them.")
     checkpoint = open_model(model)
     planned = make_plan(checkpoint, recipe)
-    target = check_target(out, checkpoint.folder, overwrite=overwrite)
+    target = check_target(out, checkpoint.folder)
     if resume and is_filled(target) and not has_partial(target):
         return _finished(target, checkpoint, recipe, started)
     if _walks(recipe):

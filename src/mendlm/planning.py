@@ -118,11 +118,17 @@ def _choose(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], recipe: Rec
     candidates = [
         name
         for name, info in infos.items()
-        if 0 not in info.shape and info.dtype in FLOATING and can_be_compressed(model_type, name, len(info.shape))
+        if 0 not in info.shape and can_be_compressed(model_type, name, len(info.shape))
     ]
     chosen = choose_tensors(
         model_type, candidates, tuple(infos), include=recipe.include, exclude=recipe.exclude, tied=tied is True
     )
+    for name in chosen:
+        if infos[name].dtype not in FLOATING:
+            raise UsageError(
+                f"{name!r} has dtype {infos[name].dtype}, and mendlm compresses {', '.join(FLOATING)}. Give the model "
+                f"before quantization, or add --exclude {name!r}."
+            )
     if not recipe.skip_layers:
         return set(chosen)
     skipped = _skipped_blocks(model_type, infos, recipe.skip_layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -157,8 +158,11 @@ def bench(
     for name, value in (numbers | ({} if threads is None else {"threads": threads})).items():
         if value < 1:
             raise UsageError(f"{name} must be at least 1, got {value!r}.")
+    n_cores = os.cpu_count() or 1
+    if threads is not None and threads > n_cores:
+        raise UsageError(f"threads must be at most {n_cores}, the cores of this machine, got {threads!r}.")
     compute = inference_dtype(dtype, device)
-    where = str(resolve_device(str(device or "cpu")))
+    where = str(resolve_device("cpu" if device is None else str(device)))
     rows = _planned(model, runtimes, dense)
     dtype_name = None if compute is None else str(compute).removeprefix("torch.")
     job = numbers | {"dtype": dtype_name, "device": where, "threads": threads}

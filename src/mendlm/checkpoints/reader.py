@@ -77,7 +77,7 @@ def open_checkpoint(folder: Path, *, allow_packed: bool = False) -> Checkpoint:
     UsageError : not a folder of safetensors, e.g. pickles only; or compressed or quantized already.
     CheckpointError : a file is missing, damaged or unsafe, or index and shards disagree.
     """
-    weights = _find_weights(folder)
+    weights = find_weights(folder)
     config = read_json_object(inside(folder, CONFIG_FILE))
     _refuse_quantized(folder, config, allow_packed)
     if weights == SINGLE_FILE:
@@ -95,7 +95,7 @@ def open_shards(folder: Path) -> tuple[Shard, ...]:
     CheckpointError : a file is missing, damaged or unsafe, or index and shards disagree.
     """
     inside(folder, CONFIG_FILE)
-    if _find_weights(folder) == SINGLE_FILE:
+    if find_weights(folder) == SINGLE_FILE:
         return (open_shard(folder, SINGLE_FILE),)
     return _open_listed(folder, read_json_object(inside(folder, INDEX_FILE)))
 
@@ -240,8 +240,14 @@ def parse_json_object(raw: bytes, name: str) -> dict[str, Any]:
     return parsed
 
 
-def _find_weights(folder: Path) -> str:
-    """The file that lists the weights; as in transformers, a single file wins over an index."""
+def find_weights(folder: Path) -> str:
+    """The file that lists the weights of a checkpoint; as in transformers, a single file wins over an index.
+
+    Raises
+    ------
+    UsageError : not a folder of safetensors, e.g. pickles only.
+    CheckpointError : config.json or the index is missing.
+    """
     try:
         names = sorted(p.name for p in folder.iterdir())
     except OSError as err:

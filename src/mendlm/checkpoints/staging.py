@@ -61,13 +61,13 @@ def check_replaceable(folder: str | Path, names: Iterable[str]) -> None:
     )
 
 
-def check_target(out: str | Path, model: Path, *, overwrite: bool = False) -> Path:
-    """The real path of OUT, which `overwrite` allows to replace if it is a checkpoint.
+def check_target(out: str | Path, model: Path, *, is_checkpoint: bool = True) -> Path:
+    """The real path of OUT, which is to be a checkpoint unless the caller says otherwise.
 
     Raises
     ------
-    UsageError : OUT is a file, is MODEL, lies in it or holds it, or holds the current folder; or, with `overwrite`, as
-        `check_replaceable`.
+    UsageError : OUT is a file, is MODEL, lies in it or holds it, or holds the current folder; or, of one that is to be
+        a checkpoint, as `check_replaceable`.
     """
     target, source = Path(os.path.realpath(local_path(out))), _local(model)
     if target.exists() and not target.is_dir():
@@ -81,7 +81,7 @@ def check_target(out: str | Path, model: Path, *, overwrite: bool = False) -> Pa
     ):
         if path is not None and path.is_relative_to(target):
             raise UsageError(f"OUT {str(out)!r} holds {what}, which replacing it would remove. Choose a new folder.")
-    if overwrite and target.is_dir():
+    if is_checkpoint and target.is_dir():
         with storage_errors(target):
             check_replaceable(out, (path.name for path in target.iterdir()))
     return target

@@ -125,7 +125,7 @@ def compress(
         if dry_run:
             from mendlm.pipeline import plan
 
-            spread.devices(device or "cpu")
+            spread.devices("cpu" if device is None else device)
             if chosen.calibration is not None:
                 from mendlm.calibration.windows import check_source
 
@@ -136,14 +136,14 @@ def compress(
             ctx.find_root().obj.interrupt_hint = (
                 f"Run the same command with {how} to go on from the tensors done so far."
             )
-            target = _Target(out, device or "cpu", spread, overwrite, resume, activation_dir)
+            target = _Target(out, "cpu" if device is None else device, spread, overwrite, resume, activation_dir)
             result = _run(stream, model, chosen, target)
     if as_json:
         print_json(planned.to_dict() if dry_run else result.to_dict())
     elif dry_run:
         _show_plan(planned)
     else:
-        _show_result(result)
+        _show_result(result, chosen)
 
 
 def recipe_of(options: Mapping[str, Any]) -> Recipe:
@@ -327,7 +327,7 @@ def _line(event: TensorDone) -> str:
     )
 
 
-def _show_result(result: CompressionResult) -> None:
+def _show_result(result: CompressionResult, recipe: Recipe) -> None:
     totals, errors = result.totals, [record.rel_error for record in result.records]
     resumed = f", {result.resumed} of them by the interrupted run" if result.resumed else ""
     facts = [
@@ -337,7 +337,7 @@ def _show_result(result: CompressionResult) -> None:
     if errors:
         mean, largest = sum(errors) / len(errors), max(errors)
         facts.append(("rel_error", f"mean {format_float(mean)}, max {format_float(largest)}"))
-    facts += [("time", format_seconds(result.seconds)), ("out", str(result.out))]
+    facts += [*_masks(recipe), ("time", format_seconds(result.seconds)), ("out", str(result.out))]
     print_facts(facts)
 
 
@@ -364,9 +364,18 @@ def _show_plan(planned: CompressionPlan) -> None:
         [
             ("tensors", f"{totals.n_compressed} of {totals.n_tensors} to compress"),
             ("bytes", _before_after(totals)),
+            *_masks(planned.recipe),
             ("dry run", "nothing was written"),
         ]
     )
+
+
+def _masks(recipe: Recipe) -> list[tuple[str, str]]:
+    """Who chose the masks, where it is not the criterion."""
+    if not recipe.moves_mask:
+        return []
+    fields = recipe.to_dict()
+    return [("masks", f"chosen by refiner {fields['refiner']}, not by criterion {fields['criterion']}")]
 
 
 def _before_after(totals: Totals) -> str:

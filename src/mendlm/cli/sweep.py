@@ -121,7 +121,13 @@ def sweep(
     Every point is checked before the first one starts. What is done is never done again: the same command goes on,
     after Ctrl-C or with more points in the file.
     """
-    where = {"text": text, "dataset": dataset, "n_windows": n_windows, "seqlen": seqlen, "device": device or "cpu"}
+    where = {
+        "text": text,
+        "dataset": dataset,
+        "n_windows": n_windows,
+        "seqlen": seqlen,
+        "device": "cpu" if device is None else device,
+    }
     with json_only(as_json) as stream:
         from mendlm.sweeping import plan_sweep
         from mendlm.sweeping import sweep as run_sweep

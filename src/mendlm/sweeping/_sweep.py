@@ -269,7 +269,7 @@ class _Setup:
         self._hashes: dict[Path, str] = {}
         checkpoint = open_model(model)
         self.model = checkpoint.folder
-        self.out = check_target(out, checkpoint.folder)
+        self.out = check_target(out, checkpoint.folder, is_checkpoint=False)
 
         def check(recipe: Recipe) -> None:
             make_plan(checkpoint, recipe)
