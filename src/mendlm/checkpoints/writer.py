@@ -207,7 +207,7 @@ def replace_file(path: Path, content: bytes) -> None:
     StorageError : the disk is full, or cannot be written; `path` is as it was.
     """
     place = path.resolve()  # of what a link names
-    new = place.with_name(f".{place.name}.new")
+    new = place.with_name(f".{place.name}.{os.getpid()}")  # of this process: another may write the same file
     try:
         write_file(new, content)
         with storage_errors(path):
