@@ -146,6 +146,43 @@ def test_resume_does_not_remove_what_others_put_there(
     assert (place / "theirs").read_bytes() == b"x"
 
 
+def test_what_others_put_there_during_the_run_stays(bucket: str, tiny_llama: Path, tmp_path: Path) -> None:
+    place = upath.UPath(f"{bucket}/out")
+
+    def others(event: object) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "mendlm.json").write_bytes(b"theirs")
+
+    with pytest.raises(StorageError, match=r"was empty when the run began and now holds 'mendlm\.json'.*--resume"):
+        mendlm.compress(tiny_llama, f"{bucket}/out", RECIPE, on_event=others)
+    assert files(place) == {"mendlm.json": b"theirs"}
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        mendlm.compress(tiny_llama, f"{bucket}/out", RECIPE, resume=True)
+    (place / "mendlm.json").unlink()
+    result = mendlm.compress(tiny_llama, f"{bucket}/out", RECIPE, resume=True)
+    assert result.resumed == len(result.records), "the work was done again"
+    mendlm.compress(tiny_llama, tmp_path / "out", RECIPE)
+    assert files(result.out) == files(tmp_path / "out")
+
+
+def test_resume_sends_what_the_store_lost(
+    bucket: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs = upath.UPath(bucket).fs
+    put = fs.put_file
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, "put_file", lambda source, target: "safetensors" in target or put(source, target))
+        with pytest.raises(StorageError, match=r"'model\.safetensors' at .* is not what was sent.*--resume"):
+            mendlm.compress(tiny_llama, f"{bucket}/out", RECIPE)
+    sent: list[str] = []
+    monkeypatch.setattr(fs, "put_file", lambda source, target: (sent.append(target), put(source, target)))
+    result = mendlm.compress(tiny_llama, f"{bucket}/out", RECIPE, resume=True)
+    assert [target.rpartition("/")[2] for target in sent] == ["model.safetensors", "mendlm.json"]
+    mendlm.compress(tiny_llama, tmp_path / "out", RECIPE)
+    assert files(result.out) == files(tmp_path / "out")
+    assert list((tmp_path / "staging").iterdir()) == []
+
+
 def test_overwrite_keeps_what_is_no_checkpoint(bucket: str, tiny_llama: Path) -> None:
     place = upath.UPath(f"{bucket}/out")
     place.mkdir(parents=True, exist_ok=True)

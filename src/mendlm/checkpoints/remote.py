@@ -158,26 +158,31 @@ class RemoteFolder:
         Parameters
         ----------
         folder : a complete OUT.
-        sent : a file that lists what is there already, a name a line; added to after each file.
+        sent : a file that lists what is there already, a name a line; added to after each file. What the store has lost
+            since is sent again.
 
         Raises
         ------
         StorageError : the store refuses, cannot be reached or lost something. What is in `folder` stays.
         """
-        done = set(sent.read_text(encoding="utf-8").splitlines()) if sent.exists() else set()
-        names = sorted((path.name for path in folder.iterdir()), key=lambda name: (_order(name), name))
+        listed = set(sent.read_text(encoding="utf-8").splitlines()) if sent.exists() else set()
+        size_of = {path.name: path.stat().st_size for path in folder.iterdir()}
+        names = sorted(size_of, key=lambda name: (_order(name), name))
         with remote_errors(self.url, writing=True), sent.open("a", encoding="utf-8") as log:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in names:
-                if name not in done:
-                    self.path.fs.put_file(str(folder / name), (self.path / name).path)
-                    log.write(f"{name}\n")
-                    log.flush()
-                    logger.info("sent %s to %s", name, self.url)
+            there = self.sizes()
+            left = [name for name in names if name not in listed or there.get(name) != size_of[name]]
+            if left and left[-1] != names[-1]:  # it says complete, and that is not so
+                (self.path / names[-1]).unlink()
+                left.append(names[-1])
+            for name in left:
+                self.path.fs.put_file(str(folder / name), (self.path / name).path)
+                log.write(f"{name}\n")
+                log.flush()
+                logger.info("sent %s to %s", name, self.url)
             there = self.sizes()
             for name in names:
-                if there.get(name) != (folder / name).stat().st_size:
-                    sent.unlink()
+                if there.get(name) != size_of[name]:
                     raise StorageError(f"{name!r} at {self.url!r} is not what was sent. Run again with --resume.")
 
 
@@ -197,7 +202,8 @@ def deliver(
     ------
     UsageError : OUT is not empty, or unfinished work is there, and the caller does not allow to replace or continue it;
         or as `check_replaceable`.
-    StorageError : as `RemoteFolder.send`; what was made stays on this machine, and `resume` sends the rest.
+    StorageError : as `RemoteFolder.send`; or others have put files there since the run began, and the caller does not
+        allow to replace them. What was made stays on this machine, and `resume` sends the rest.
     """
     remote, target = RemoteFolder(url), staging_target(url)
     sent, replaces = (target.with_name(f"{target.name}.{what}") for what in ("sent", "replaces"))
@@ -219,7 +225,12 @@ def deliver(
             replaces.parent.mkdir(parents=True, exist_ok=True)
             replaces.touch()
     made = make(target)
-    if there and not sent.exists():
+    if not sent.exists() and (there := remote.sizes()):  # as the work may have taken hours
+        if not replaces.exists():
+            raise StorageError(
+                f"OUT {remote.url!r} was empty when the run began and now holds {min(there)!r}, of another run perhaps. "
+                "Nothing was sent: move what is there away and run again with --resume."
+            )
         remote.clear()
     remote.send(target, sent)
     shutil.rmtree(target, ignore_errors=True)
