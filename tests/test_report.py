@@ -256,6 +256,36 @@ def test_several_runs_and_their_perplexities(
     assert points["report-fifty"]["mb"] == pytest.approx(read_manifest(fifty).totals.stored_bytes / 1e6, rel=1e-4)
 
 
+def test_perplexities_of_different_texts_are_not_compared(fifty: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(fifty, tmp_path / "other")
+
+    def printed(name: str, folder: Path, ppl: float, sha256: str) -> Path:
+        protocol = {"model": str(folder), "text": "/x/test.txt", "text_sha256": sha256, "dtype": "float32"}
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({"ppl": ppl, "n_windows": 2, "seqlen": 64, "protocol": protocol}))
+        return file
+
+    files = [
+        printed("dense-b", tiny_llama, 30.0, "b"),
+        printed("dense-a", tiny_llama, 10.0, "a"),
+        printed("fifty-a", fifty, 20.0, "a"),
+        printed("other-b", other, 40.0, "b"),
+    ]
+    out = tmp_path / "r.html"
+    report([fifty, other], out, original=tiny_llama, evaluations=files, tensors=[QUERY])
+    notes = [text for _, text in parsed(out).find("dd") if "test.txt" in text]
+    assert [(f"{tiny_llama.name} 10.00" in note, f"{tiny_llama.name} 30.00" in note) for note in notes] == [
+        (True, False),
+        (False, True),
+    ]
+    assert charts(out)["pareto"]["layer"][0]["encoding"]["y"]["title"] == "relative error"
+
+    files.append(printed("other-a", other, 25.0, "a"))  # now both have this one, though it is not the first of `other`
+    report([fifty, other], out, original=tiny_llama, evaluations=files, tensors=[QUERY], overwrite=True)
+    points = {row["label"]: row["value"] for row in charts(out)["pareto"]["data"]["values"]}
+    assert points == {fifty.name: 20.0, "other": 25.0, tiny_llama.name: 10.0}
+
+
 def test_the_frontier() -> None:
     points = [
         Point(name, "tlr", size, ppl, None) for name, size, ppl in (("a", 10, 9.0), ("b", 20, 9.5), ("c", 30, 5.0))

@@ -228,8 +228,8 @@ def deliver(
     if not sent.exists() and (there := remote.sizes()):  # as the work may have taken hours
         if not replaces.exists():
             raise StorageError(
-                f"OUT {remote.url!r} was empty when the run began and now holds {min(there)!r}, of another run perhaps. "
-                "Nothing was sent: move what is there away and run again with --resume."
+                f"OUT {remote.url!r} was empty when the run began and now holds {min(there)!r}, of another run "
+                "perhaps. Nothing was sent: move what is there away and run again with --resume."
             )
         remote.clear()
     remote.send(target, sent)

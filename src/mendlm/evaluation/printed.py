@@ -11,6 +11,9 @@ from typing import Any
 from mendlm.errors import UsageError
 from mendlm.paths import local_path
 
+Protocol = tuple[str, Any, Any, Any]
+"""Text (its SHA-256 where that is known), windows, their tokens, dtype: perplexities compare where this is the same."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -22,6 +25,7 @@ class Evaluation:
     seqlen: int
     dtype: str
     ppl: float | None
+    text_sha256: str | None = None
 
     @property
     def what(self) -> str:
@@ -29,9 +33,9 @@ class Evaluation:
         return f"{self.text}, {self.n_windows} × {self.seqlen} tokens, {self.dtype}"
 
     @property
-    def protocol(self) -> tuple[str, int, int, str]:
+    def protocol(self) -> Protocol:
         """Perplexities compare where this is the same."""
-        return (self.text, self.n_windows, self.seqlen, self.dtype)
+        return (self.text_sha256 or self.text, self.n_windows, self.seqlen, self.dtype)
 
 
 def read_evaluations(files: Iterable[str | Path]) -> tuple[Evaluation, ...]:
@@ -61,6 +65,7 @@ def read_evaluations(files: Iterable[str | Path]) -> tuple[Evaluation, ...]:
 def evaluation_of(row: Mapping[str, Any]) -> Evaluation:
     """The evaluation in one result of ``mendlm eval --json``; KeyError, TypeError or ValueError if it is none."""
     protocol = row["protocol"]
+    sha256 = protocol.get("text_sha256")
     return Evaluation(
         model=str(protocol["model"]),
         text=Path(protocol["text"]).name,
@@ -68,6 +73,7 @@ def evaluation_of(row: Mapping[str, Any]) -> Evaluation:
         seqlen=int(row["seqlen"]),
         dtype=str(protocol["dtype"]),
         ppl=None if row["ppl"] is None else float(row["ppl"]),
+        text_sha256=None if sha256 is None else str(sha256),
     )
 
 

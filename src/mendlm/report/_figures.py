@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from mendlm import plotting
+from mendlm.evaluation.printed import Protocol
 from mendlm.families import place_of, short_names
 from mendlm.plotting import mean_cells, rounded
 from mendlm.report._runs import Run
@@ -40,13 +42,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Point:
-    """A model in the plot of quality against bytes."""
+    """A model in the plot of quality against bytes; `protocol` says which perplexity it has."""
 
     label: str
     group: str
     stored_bytes: int
     ppl: float | None
     rel_error: float | None
+    protocol: Protocol | None = None
 
 
 def heat_maps(run: Run) -> list[Figure]:
@@ -115,23 +118,40 @@ def matching(run: Run) -> Figure | None:
 
 
 def points_of(runs: Sequence[Run], sweeps: Iterable[SweepRecord], dense: Sequence[Point]) -> list[Point]:
-    """Points of runs (their first perplexity), of the done records of sweeps, and dense models."""
+    """Points of runs, of the done records of sweeps, and dense models, with perplexities that compare.
+
+    These are of the text, the windows and the dtype that most compressed models have in common, of several the first;
+    a model that was measured otherwise has none.
+    """
+    done = [record for record in sweeps if record.status == "done" and record.stored_bytes is not None]
+    measured = [run.evaluations for run in runs]
+    common = Counter(protocol for found in measured for protocol in dict.fromkeys(e.protocol for e in found))
+    common.update(_protocol(record) for record in done if record.recipe is not None)
+    protocol = common.most_common(1)[0][0] if common else None
     points = [
         Point(
             run.label,
             str(run.manifest.recipe["refiner"]),
             run.manifest.totals.stored_bytes,
-            run.evaluations[0].ppl if run.evaluations else None,
+            next((e.ppl for e in run.evaluations if e.protocol == protocol), None),
             run.rel_error,
+            protocol,
         )
         for run in runs
     ]
-    for record in sweeps:
-        if record.status == "done" and record.stored_bytes is not None:
-            group = DENSE if record.recipe is None else str(record.recipe["refiner"])
-            ppl = record.ppl if record.ppl is not None and math.isfinite(record.ppl) else None
-            points.append(Point(record.name, group, record.stored_bytes, ppl, record.mean_rel_error))
-    return [*points, *dense]
+    for record in done:
+        group = DENSE if record.recipe is None else str(record.recipe["refiner"])
+        finite = record.ppl is not None and math.isfinite(record.ppl)
+        ppl = record.ppl if finite and _protocol(record) == protocol else None
+        points.append(Point(record.name, group, record.stored_bytes or 0, ppl, record.mean_rel_error, protocol))
+    return [*points, *(point for point in dense if point.protocol == protocol)]
+
+
+def _protocol(record: SweepRecord) -> Protocol:
+    """Which perplexity a record has, as `Evaluation.protocol`."""
+    asked = record.evaluation
+    text = str(asked.get("text_sha256") or asked.get("text"))
+    return (text, asked.get("n_windows"), asked.get("seqlen"), asked.get("dtype"))
 
 
 def pareto(points: Sequence[Point]) -> Figure | None:
@@ -160,6 +180,8 @@ def pareto(points: Sequence[Point]) -> Figure | None:
     log = min(values) > 0 and max(values) > 8 * min(values)
     front = [f"{row['label']} ({row['mb']:g} MB, {row['value']:.4g})" for row in rows if row["best"]]
     words = f"{title.capitalize()} against stored megabytes of {len(rows)} models. No other beats: {', '.join(front)}."
+    if left := len(points) - len(rows):
+        words += f" Left out, as {'they have' if left > 1 else 'it has'} no such {title}: {left}."
     spec = plotting.pareto(rows, title, log=log)
     return Figure("pareto", f"{title} against stored bytes", words, spec)
 

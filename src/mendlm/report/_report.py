@@ -201,10 +201,9 @@ def _content(
     others = tuple(e for e in evaluations if not any(same_model(e, run.folder) for run in runs))
     dense: list[Point] = []
     if original is not None and runs:
-        found = next((e for e in others if same_model(e, original.folder)), None)
-        if found is not None:
-            n_bytes = runs[0].manifest.totals.dense_bytes
-            dense.append(Point(original.folder.absolute().name, DENSE, n_bytes, found.ppl, None))
+        name, n_bytes = original.folder.absolute().name, runs[0].manifest.totals.dense_bytes
+        found = [e for e in others if same_model(e, original.folder)]
+        dense += [Point(name, DENSE, n_bytes, e.ppl, None, e.protocol) for e in found]
     return Content(
         tuple(replace(run, evaluations=mine[run.label]) for run in runs), details, sweeps, others, tuple(dense)
     )
