@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -407,6 +409,49 @@ def test_another_calibration_text_is_another_point(
     words.rename(tmp_path / "moved.txt")
     fields["calibration"]["source"] = str(tmp_path / "moved.txt")  # type: ignore[index]
     assert plan_sweep(fields, **how).points[1].key == second.points[1].key
+
+
+@pytest.mark.parametrize("what", ["text", "calibration", "model"])
+def test_figures_of_a_file_that_changed_meanwhile_are_not_kept(
+    what: str, tiny_llama: Path, tmp_path: Path, in_process: list[str]
+) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    files = {"text": tmp_path / "text.txt", "calibration": tmp_path / "words.txt", "model": model / "config.json"}
+    for name in ("text", "calibration"):
+        files[name].write_text(TEXT)
+    before = files[what].read_text()
+    fields = {"n_iter": 2, "calibration": CALIBRATION | {"source": str(files["calibration"])}}
+    fields |= {"sweep": {"axes": {"rank": [2, 4]}}}
+
+    def edit(event: Any) -> None:
+        if isinstance(event, PointDone) and event.record.name == "rank=2":
+            files[what].write_text(f"{before} ")
+
+    result = sweep(fields, model, tmp_path / "out", text=files["text"], on_event=edit, **ON)
+    assert [record.status for record in result.records] == ["done", "done", "failed"]
+    assert f"the {what} changed while the sweep ran" in str(result.failed[0].error)
+    files[what].write_text(before)
+    again = sweep(fields, model, tmp_path / "out", text=files["text"], **ON)
+    assert [record.status for record in again.records] == ["done"] * 3
+
+
+def test_a_full_disk_leaves_the_sweep_to_be_gone_on_with(
+    tiny_llama: Path, text: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields, out = {"n_iter": 2, "sweep": {"axes": {"rank": [2]}}}, tmp_path / "out"
+    sweep(fields, tiny_llama, out, text=text, **ON)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(fd: int, data: bytes, offset: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(StorageError, match="no space left"):
+            sweep(fields, tiny_llama, out, text=text, **ON)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sweep(fields, tiny_llama, out, text=text, **ON).left == ()
+    assert in_process == ["dense", "rank=2"]
 
 
 def test_a_point_that_fails_is_recorded_and_tried_again(

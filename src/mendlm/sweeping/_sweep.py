@@ -16,7 +16,7 @@ from typing import Any, Literal
 from mendlm.checkpoints.finish import hash_files, input_files, to_json
 from mendlm.checkpoints.reader import Checkpoint
 from mendlm.checkpoints.staging import check_target, differences, lock_folder
-from mendlm.checkpoints.writer import storage_errors, write_file
+from mendlm.checkpoints.writer import replace_file, storage_errors
 from mendlm.config import Recipe
 from mendlm.devices import resolve_device
 from mendlm.errors import CheckpointError, MendError, UsageError
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 SETUP_FILE = "sweep.json"
 TABLE_FILE = "sweep.md"
+_OURS = ("lock", f".{SETUP_FILE}.new")  # what a sweep that was killed at once leaves
 Keep = Literal["none", "pareto", "all"]
 KEEP: tuple[Keep, ...] = ("none", "pareto", "all")
 
@@ -249,7 +250,7 @@ def sweep(
             run.go(rest, workers=workers, minutes=minutes)
         finally:
             result = run.result()
-            write_file(setup.out / TABLE_FILE, markdown(result, Path(model).resolve().name).encode())
+            replace_file(setup.out / TABLE_FILE, markdown(result, Path(model).resolve().name).encode())
     return result
 
 
@@ -267,7 +268,7 @@ class _Setup:
         where = resolve_device(device)
         self.device = str(where)
         self._hashes: dict[Path, str] = {}
-        checkpoint = open_model(model)
+        self._checkpoint = checkpoint = open_model(model)
         self.model = checkpoint.folder
         self.out = check_target(out, checkpoint.folder, is_checkpoint=False)
 
@@ -330,13 +331,41 @@ class _Setup:
         file = None if recipe is None else _calibration_file(recipe)
         if file is not None:
             if file not in self._hashes:
-                self._hashes[file] = hash_files(file.parent, [file.name])[file.name]["sha256"]
+                self._hashes[file] = _sha256(file)
             inputs["calibration"] = self._hashes[file]
         return _digest(inputs)
 
+    def changed(self, recipe: Recipe | None, evaluation: Mapping[str, Any]) -> str | None:
+        """What has become another file since the sweep began, as a sentence: the figures of a point are not of its key.
+
+        Parameters
+        ----------
+        recipe : of the point.
+        evaluation : that its figures are of.
+        """
+        source = None if recipe is None else recipe.calibration
+        file = None if source is None else local_path(source.source)
+        try:
+            if evaluation["text_sha256"] != self.facts["text_sha256"]:
+                what = "text"
+            elif file in self._hashes and _sha256(file) != self._hashes[file]:
+                what = "calibration"
+            elif not self._has_same_model():
+                what = "model"
+            else:
+                return None
+        except CheckpointError as err:
+            return str(err)
+        return f"the {what} changed while the sweep ran. Put it back as it was, or choose another folder."
+
+    def _has_same_model(self) -> bool:
+        if stat_inputs(self._checkpoint) == self.document["stats"]:
+            return True
+        return hash_files(self.model, input_files(self._checkpoint)) == self.inputs
+
     def write(self) -> None:
         """Write what the sweep is about into its folder."""
-        write_file(self.out / SETUP_FILE, to_json(self.document))
+        replace_file(self.out / SETUP_FILE, to_json(self.document))
 
     def job(self, point: PlannedPoint) -> Job:
         """What has to be run for a point."""
@@ -387,7 +416,13 @@ class _Run:
         self._tell(PointNote(job.name, what, *self._counts()))
 
     def measured(self, job: Job, figures: dict[str, Any]) -> None:
-        """Keep the figures."""
+        """Keep the figures, if they are of what the point is known by."""
+        point = self._points[job.name]
+        if wrong := self._setup.changed(point.recipe, figures["evaluation"]):
+            if point.folder is not None:
+                remove_work(self._setup.out / point.folder)
+            self.failed(job, wrong)
+            return
         self._add(job, figures | {"status": "done", "error": None})
 
     def failed(self, job: Job, error: str) -> None:
@@ -449,6 +484,11 @@ def _calibration_file(recipe: Recipe) -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
+def _sha256(file: Path) -> str:
+    sha256: str = hash_files(file.parent, [file.name])[file.name]["sha256"]
+    return sha256
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -463,7 +503,7 @@ def _read_setup(out: Path) -> dict[str, Any] | None:
     """
     path = out / SETUP_FILE
     if not path.exists():
-        if out.is_dir() and any(entry.name != "lock" for entry in out.iterdir()):
+        if out.is_dir() and any(entry.name not in _OURS for entry in out.iterdir()):
             raise UsageError(f"OUT {str(out)!r} is not empty and holds no sweep. Choose another folder.")
         return None
     try:
