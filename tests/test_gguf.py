@@ -305,6 +305,31 @@ def test_unknown_architecture_and_metadata_alone(llama_model: Any, tmp_path: Pat
     assert left_behind(tmp_path) == ["alien.gguf", "meta.gguf"]
 
 
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (("add_head_count_kv", 0), "ZeroDivisionError"),  # of transformers' own reordering of k_proj
+        (("add_rope_dimension_count", 0), "ZeroDivisionError"),
+        (("add_layer_norm_rms_eps", "small"), "rms_norm_eps"),
+        (("add_context_length", "long"), "max_position_embeddings"),
+    ],
+)
+def test_metadata_that_no_config_takes(
+    llama_model: Any, tmp_path: Path, metadata: tuple[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = gguf.GGUFWriter.add_key_value
+
+    def replacing(writer: Any, key: str, value: Any, kind: Any, *rest: Any, **more: Any) -> None:
+        writer.kv_data[0].pop(key, None)
+        add(writer, key, value, gguf.GGUFValueType.STRING if isinstance(value, str) else kind, *rest, **more)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_key_value", replacing)
+    file = write_gguf(tmp_path / "odd.gguf", llama_model, "llama", metadata=[metadata])
+    with pytest.raises(CheckpointError, match=rf"transformers cannot import 'odd\.gguf'.*{message}"):
+        import_gguf(file, tmp_path / "out")
+    assert left_behind(tmp_path) == ["odd.gguf"]
+
+
 def test_values_that_no_dtype_or_this_dtype_cannot_hold(llama_model: Any, tmp_path: Path) -> None:
     model = deepcopy(llama_model)
     with torch.no_grad():

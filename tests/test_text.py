@@ -94,6 +94,10 @@ WRONG: list[tuple[Callable[[Path], Path], str]] = [
     ),
     (lambda d: jsonl(d / "b.jsonl", '{"q": 1, "answer": "x"}'), r"line 1 .* no string field 'text'; it has: q, answer"),
     (lambda d: jsonl(d / "c.jsonl", '{"text": 3}'), r"line 1 .* no string field 'text'; it has: text"),
+    (
+        lambda d: jsonl(d / "s.jsonl", '{"text": "x"}', '{"text": "a \\ud800"}'),
+        r"line 2 of .* half of a surrogate pair",
+    ),
     (lambda d: jsonl(d / "d.jsonl", "[]"), r"line 1 .* no string field 'text'; it has: list"),
     (lambda d: parquet(d / "q.parquet", {"q": ["x"], "a": ["y"]}), r"has no column 'text'; its columns are: q, a\."),
     (lambda d: parquet(d / "n.parquet", {"text": ["x", None]}), r"row 1 of column 'text' in .* is None, not a string"),
@@ -112,6 +116,13 @@ def test_undecodable_bytes_are_located(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1") + b"!")
     with pytest.raises(UsageError, match=r"latin.txt' is not UTF-8 text: byte 0xe9 at offset 3 .*iconv"):
         read_text(tmp_path / "latin.txt")
+
+
+def test_undecodable_parquet_is_refused(tmp_path: Path) -> None:
+    buffers = [None, pa.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0])), pa.py_buffer(b"\xff\xfe")]
+    file = parquet(tmp_path / "bytes.parquet", {"text": pa.Array.from_buffers(pa.string(), 1, buffers)})
+    with pytest.raises(UsageError, match=r"column 'text' of '.*bytes\.parquet' is not UTF-8 text"):
+        read_text(file)
 
 
 def test_truncated_gzip_and_parquet_are_refused(tmp_path: Path) -> None:

@@ -24,8 +24,10 @@ from mendlm.errors import CheckpointError, NonFiniteError, StorageError, UsageEr
 from mendlm.names import lookup
 from mendlm.paths import local_path
 
-# What transformers raises on a GGUF it cannot take: it has no error class of its own for that.
-_LOAD_ERRORS = (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OSError, ImportError)
+# What transformers raises on a GGUF it cannot take, besides errors of its configs: it has no class of its own for that.
+_LOAD_ERRORS = (
+    *(ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OSError, ImportError, ArithmeticError),
+)
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def import_gguf(
 def _convert(file: GGUFFile, folder: Path, storage: torch.dtype) -> dict[str, Tensor] | None:
     """Load with transformers, save to `folder`. Returns the model's tensors where nothing else can check them."""
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place: dict[str, Any] = {"gguf_file": file.path.name, "local_files_only": True, "trust_remote_code": False}
@@ -136,7 +139,7 @@ def _convert(file: GGUFFile, folder: Path, storage: torch.dtype) -> dict[str, Te
             parent, dtype=torch.float32, output_loading_info=True, **dense, **place
         )
         tokenizer = AutoTokenizer.from_pretrained(parent, **place)
-    except _LOAD_ERRORS as err:
+    except (*_LOAD_ERRORS, StrictDataclassError) as err:
         raise CheckpointError(
             f"transformers cannot import {file.path.name!r} (architecture {file.architecture!r}): "
             f"{type(err).__name__}: {' '.join(str(err).split())} Use the original checkpoint, or a newer transformers."

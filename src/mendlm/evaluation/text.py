@@ -292,6 +292,13 @@ def _read_jsonl(path: Path, gzipped: bool) -> list[str]:
                 f"line {number} of {str(path)!r} has no string field {FIELD!r}; it has: {has or 'nothing'}. "
                 f"Name the field with the text {FIELD!r}."
             )
+        try:
+            row[FIELD].encode()
+        except UnicodeEncodeError as err:
+            raise UsageError(
+                f"line {number} of {str(path)!r} holds half of a surrogate pair, which is no character, at character "
+                f"{err.start} of its text. Leave that line out, or replace it."
+            ) from err
         rows.append(row[FIELD])
     return rows
 
@@ -311,6 +318,8 @@ def _read_parquet(path: Path, gzipped: bool) -> list[str]:
                     f"Name the column with the text {FIELD!r}."
                 )
             values: list[Any] = file.read(columns=[FIELD])[FIELD].to_pylist()
+    except UnicodeDecodeError as err:
+        raise UsageError(f"column {FIELD!r} of {str(path)!r} is not UTF-8 text: {err}. Convert it first.") from err
     except pa.ArrowInvalid as err:
         raise UsageError(f"{str(path)!r} is not a whole parquet file: {err}. Fetch it again.") from err
     bad = next((i for i, v in enumerate(values) if not isinstance(v, str)), None)
