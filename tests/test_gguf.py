@@ -350,13 +350,14 @@ def test_dest_is_only_replaced_when_asked_and_a_checkpoint(llama_file: Path, tmp
     (tmp_path / "notes" / "diary.txt").write_text("dear diary")
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"notes' exists and is not empty\. Use --overwrite"):
-        import_gguf(llama_file, tmp_path / "notes")
-    with pytest.raises(UsageError, match=r"notes' holds no config.json, .* will not be overwritten"):
-        import_gguf(llama_file, tmp_path / "notes", overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match=r"notes' holds no config.json, .* will not be overwritten"):
+            import_gguf(llama_file, tmp_path / "notes", overwrite=overwrite)
     with pytest.raises(UsageError, match="file' is a file"):
         import_gguf(llama_file, tmp_path / "file", overwrite=True)
     first = import_gguf(llama_file, tmp_path / "empty")
+    with pytest.raises(UsageError, match=r"empty' exists and is not empty\. Use --overwrite"):
+        import_gguf(llama_file, tmp_path / "empty")
     (first.path / "stale.bin").write_text("x")
     import_gguf(llama_file, tmp_path / "empty", dtype="bfloat16", overwrite=True)
     assert not (first.path / "stale.bin").exists()
