@@ -311,6 +311,18 @@ def test_what_a_calibrated_run_tells_and_records(tiny_llama: Path, text_file: Pa
         assert 0 < record.rel_output_error < record.rel_error  # what the text excites is kept better than the rest
 
 
+def test_a_complete_folder_of_another_text_is_another_run(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(before := text_file.read_text())
+    recipe = Recipe(criterion="wanda", refiner="none", calibration=calibration(text))
+    first = compress(tiny_llama, tmp_path / "out", recipe)
+    text.write_text(before[::-1])
+    with pytest.raises(UsageError, match=r"is complete but another run wrote it: token_ids_sha256 was '\w{64}', now"):
+        compress(tiny_llama, tmp_path / "out", recipe, resume=True)
+    text.write_text(before)
+    assert compress(tiny_llama, tmp_path / "out", recipe, resume=True).records == first.records
+
+
 def test_the_damping_of_a_criterion_is_recorded_too(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     """One window of 24 tokens for 64 inputs: without damping no factor exists."""
     text = calibration(text_file, n_sequences=1)

@@ -386,6 +386,9 @@ def _finished_run(target: Path, checkpoint: Checkpoint, recipe: Recipe) -> Manif
         if unchanged
         else {name: entry["sha256"] for name, entry in hash_files(checkpoint.folder, stats).items()},
     }
+    tokens = _token_ids_sha256(checkpoint, recipe)
+    if tokens is not None and manifest.calibration is not None:
+        old["token_ids_sha256"], new["token_ids_sha256"] = manifest.calibration.get("token_ids_sha256"), tokens
     if changes := differences(old, new):
         raise UsageError(f"OUT {str(target)!r} is complete but another run wrote it: {changes}. Pass --overwrite.")
     for name, entry in manifest.outputs.items():
@@ -394,6 +397,24 @@ def _finished_run(target: Path, checkpoint: Checkpoint, recipe: Recipe) -> Manif
     if not is_url(target):
         remove_leftovers(target)
     return manifest
+
+
+def _token_ids_sha256(checkpoint: Checkpoint, recipe: Recipe) -> str | None:
+    """Of the windows of a calibration file, whose content no recipe states; None for any other source, or none now."""
+    from mendlm.calibration.windows import SOURCES, calibration_windows, max_positions
+
+    calibration = recipe.calibration
+    if calibration is None or not _walks(recipe) or is_url(checkpoint.folder) or calibration.source in SOURCES:
+        return None
+    if not local_path(calibration.source).exists():
+        return None
+    return calibration_windows(
+        checkpoint.folder,
+        calibration,
+        seed=recipe.seed,
+        max_positions=max_positions(checkpoint.config),
+        device=torch.device("cpu"),
+    ).sha256
 
 
 def _known_stats(target: Path) -> Any:
