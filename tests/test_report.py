@@ -286,6 +286,20 @@ def test_perplexities_of_different_texts_are_not_compared(fifty: Path, tiny_llam
     assert points == {fifty.name: 20.0, "other": 25.0, tiny_llama.name: 10.0}
 
 
+def test_a_perplexity_of_a_name_that_two_runs_have_is_of_neither(fifty: Path, tmp_path: Path) -> None:
+    outs = [shutil.copytree(fifty, tmp_path / name / "out") for name in ("a", "b")]
+    for file, model in (("moved.json", "/elsewhere/out"), ("here.json", str(outs[0]))):
+        row = {"ppl": 5.5, "n_windows": 2, "seqlen": 64}
+        protocol = {"model": model, "text": "t.txt", "dtype": "float32"}
+        (tmp_path / file).write_text(json.dumps(row | {"protocol": protocol}))
+    for file, cards in (("moved.json", []), ("here.json", [5.5])):
+        out = tmp_path / "r.html"
+        report(outs, out, evaluations=[tmp_path / file], tensors=[QUERY], overwrite=True)
+        values = [attrs["value"] for attrs, _ in parsed(out).find("data", data_key="ppl")]
+        assert [float(value) for value in values if value] == cards
+        assert "5.50" in out.read_text(encoding="utf-8")  # it stands beside the runs, if not with one
+
+
 def test_the_frontier() -> None:
     points = [
         Point(name, "tlr", size, ppl, None) for name, size, ppl in (("a", 10, 9.0), ("b", 20, 9.5), ("c", 30, 5.0))

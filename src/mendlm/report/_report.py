@@ -196,9 +196,10 @@ def _content(
     evaluations: Sequence[Evaluation],
     original: Original | None,
 ) -> Content:
-    """Give every perplexity to its model."""
-    mine = {run.label: tuple(e for e in evaluations if same_model(e, run.folder)) for run in runs}
-    others = tuple(e for e in evaluations if not any(same_model(e, run.folder) for run in runs))
+    """Give every perplexity to its model, and to none where several runs have the name that it says."""
+    owners = {e: [run.label for run in runs if same_model(e, run.folder)] for e in evaluations}
+    mine = {run.label: tuple(e for e in evaluations if owners[e] == [run.label]) for run in runs}
+    others = tuple(e for e in evaluations if len(owners[e]) != 1)
     dense: list[Point] = []
     if original is not None and runs:
         name, n_bytes = original.folder.absolute().name, runs[0].manifest.totals.dense_bytes
