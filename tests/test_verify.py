@@ -379,6 +379,14 @@ def test_a_recipe_of_another_mendlm(out: Path) -> None:
     assert "patterns and errors were not checked" in result.skipped[0]
 
 
+def test_a_recipe_that_does_not_fit_the_original_hides_no_damage(out: Path, tiny_llama: Path) -> None:
+    edit(out / "mendlm.json", lambda m: m["recipe"].update(rank=9999))
+    change_tensors(out, lambda tensors: tensors[f"{LAYER}.lora_A"].fill_(float("nan")))
+    found = verify(out, tiny_llama)
+    assert {finding.check for finding in found.findings} >= {"hash", "finite"}
+    assert any("errors and copied tensors were not checked: the recipe" in sentence for sentence in found.skipped)
+
+
 def test_an_export_that_was_compressed_again_is_no_export(out: Path, tmp_path: Path) -> None:
     mendlm.export(out, tmp_path / "dense", "dense")
     compress(tmp_path / "dense", tmp_path / "again", Recipe(refiner="none"))

@@ -444,8 +444,12 @@ class _Work:
         shards = {shard.name: shard for shard in dense.shards}
         records = {record.name: record for record in manifest.records}
         tuned = {name for block in manifest.matching for name in block.vectors}
+        try:
+            plan = make_plan(dense, recipe)
+        except UsageError as err:  # of another mendlm perhaps, or changed: what was found before is to be told
+            self.skipped.append(f"errors and copied tensors were not checked: the recipe cannot be planned ({err})")
+            return
         n_dead = 0
-        plan = make_plan(dense, recipe)
         for name in sorted(copied.keys() - {tensor.name for tensor in plan.tensors}):
             self.found("copy", name, "the original has no such tensor")
         for tensor in plan.tensors:
