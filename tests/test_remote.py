@@ -165,6 +165,22 @@ def test_what_others_put_there_during_the_run_stays(bucket: str, tiny_llama: Pat
     assert files(result.out) == files(tmp_path / "out")
 
 
+def test_an_overwrite_that_failed_allows_nothing_later(bucket: str, tiny_llama: Path) -> None:
+    place = upath.UPath(f"{bucket}/out")
+
+    def others(event: object) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "config.json").write_bytes(b"theirs")
+
+    others(None)
+    with pytest.raises(UsageError, match="rank must be in"):
+        mendlm.compress(tiny_llama, f"{bucket}/out", Recipe(rank=9999), overwrite=True)
+    (place / "config.json").unlink()
+    with pytest.raises(StorageError, match="now holds 'config"):
+        mendlm.compress(tiny_llama, f"{bucket}/out", RECIPE, on_event=others)
+    assert files(place) == {"config.json": b"theirs"}
+
+
 def test_resume_sends_what_the_store_lost(
     bucket: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,6 +210,9 @@ def deliver(
     there, begun = remote.sizes(), is_filled(target) or has_partial(target)
     if resume and not begun and _LAST[-1] in there:
         return finished(remote.path), remote.path
+    if not begun:  # marks of a run that failed, whose work is gone, allow nothing
+        for mark in (sent, replaces):
+            mark.unlink(missing_ok=True)
     if begun and not overwrite and not resume:
         raise UsageError(
             f"a previous run into {remote.url!r} stopped half-way (its work is in {str(target.parent)!r}). "
