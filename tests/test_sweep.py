@@ -454,6 +454,15 @@ def test_a_full_disk_leaves_the_sweep_to_be_gone_on_with(
     assert in_process == ["dense", "rank=2"]
 
 
+def test_a_sweep_that_was_killed_at_once_begins_anew(
+    tiny_llama: Path, text: Path, tmp_path: Path, in_process: list[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".sweep.json.4711").write_text("{")  # as a write that was cut off leaves it
+    fields = {"n_iter": 2, "sweep": {"axes": {"rank": [2]}}}
+    assert sweep(fields, tiny_llama, tmp_path / "out", text=text, **ON).left == ()
+
+
 def test_a_point_that_fails_is_recorded_and_tried_again(
     tiny_llama: Path,
     text: Path,

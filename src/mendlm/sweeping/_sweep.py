@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 SETUP_FILE = "sweep.json"
 TABLE_FILE = "sweep.md"
-_OURS = ("lock", f".{SETUP_FILE}.new")  # what a sweep that was killed at once leaves
+_OURS = re.compile(rf"lock|\.{re.escape(SETUP_FILE)}\.\d+")  # what a sweep that was killed at once leaves
 Keep = Literal["none", "pareto", "all"]
 KEEP: tuple[Keep, ...] = ("none", "pareto", "all")
 
@@ -503,7 +504,7 @@ def _read_setup(out: Path) -> dict[str, Any] | None:
     """
     path = out / SETUP_FILE
     if not path.exists():
-        if out.is_dir() and any(entry.name not in _OURS for entry in out.iterdir()):
+        if out.is_dir() and not all(_OURS.fullmatch(entry.name) for entry in out.iterdir()):
             raise UsageError(f"OUT {str(out)!r} is not empty and holds no sweep. Choose another folder.")
         return None
     try:
