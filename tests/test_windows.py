@@ -329,6 +329,24 @@ def test_documents_that_are_all_too_short_are_joined(adds_bos: Path, write: Call
     assert got.source == "lines.parquet, rows joined"
 
 
+@pytest.mark.parametrize(("n", "is_joined"), [(12, False), (13, True)])  # the long ones hold 6 windows in all
+def test_a_few_long_documents_are_not_drawn_again_and_again(
+    n: int, is_joined: bool, adds_bos: Path, write: Callable[..., Path]
+) -> None:
+    rows = [prose(20, seed) for seed in range(60)] + [prose(99, 60), prose(59, 61)]
+    got = cut(adds_bos, write("lines.jsonl", rows), n_sequences=n, seqlen=24)
+    if not is_joined:
+        documents = [direct_ids(adds_bos, row, special=True) for row in rows]
+        assert got.ids.tolist() == drawn_from_documents(documents, n, 24, 0)
+        assert got.source == "lines.jsonl"
+        return
+    ids = direct_ids(adds_bos, "\n\n".join(rows), special=True)
+    places = [find(ids, row) for row in got.ids.tolist()]
+    assert min(places) >= 0
+    assert len({place // 160 for place in places}) > 5  # from all over the text
+    assert got.source == "lines.jsonl, rows joined"
+
+
 def test_a_text_too_long_to_tokenise_at_once_is_drawn_from_in_pieces(
     tiny_llama: Path, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

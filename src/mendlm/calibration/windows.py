@@ -89,9 +89,9 @@ def calibration_windows(
         - ``windows="random"`` as in the Wanda code, ``lib/data.py``: a text of several documents (c4, jsonl, parquet)
           is drawn from until a document has more than `seqlen` tokens, and the window starts at a random token of it;
           a single text is tokenised whole and windows start anywhere in it. Documents are joined with a blank line
-          where none is long enough; wikitext2 always, with single spaces as in that code. Tokenised with the special
-          tokens that the tokenizer adds by itself, again as there: the same seed and tokenizer give that code's
-          windows.
+          where those that are long enough do not hold half of the windows without overlap; wikitext2 always, with
+          single spaces as in that code. Tokenised with the special tokens that the tokenizer adds by itself, again as
+          there: the same seed and tokenizer give that code's windows.
         - ``windows="leading"``: the rows joined with a blank line, tokenised once without special tokens, cut from
           the start into windows that do not overlap. These are the ids that `mendlm.evaluation.perplexity` reads.
 
@@ -225,7 +225,10 @@ def _rows(source: str) -> Sequence[str]:
 def _windows_of_documents(
     documents: Sequence[str], n_windows: int, seqlen: int, rng: random.Random, encode: Encode
 ) -> Tensor | None:
-    """Draw documents until enough had more than `seqlen` tokens, one window from each; None if none has."""
+    """Draw documents until enough had more than `seqlen` tokens, one window from each.
+
+    None if none has, or so few that they hold less than half of the windows apart from one another.
+    """
     if not any(_may_fill(document, seqlen) for document in documents):
         return None
     too_short: set[int] = set()
@@ -246,7 +249,10 @@ def _windows_of_documents(
                 continue
             long_enough[index] = torch.tensor(ids, dtype=torch.int32)
         windows.append(_window(long_enough[index], seqlen, rng))
-    return torch.stack(windows).long()
+    # 128 windows of a file with two long paragraphs would be the same thousand tokens again and again. The half leaves
+    # room for documents that a large set draws twice by chance.
+    n_separate = sum(len(ids) // seqlen for ids in long_enough.values())
+    return torch.stack(windows).long() if 2 * n_separate >= n_windows else None
 
 
 def _may_fill(document: str, seqlen: int) -> bool:
