@@ -11,17 +11,20 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import mendlm
-from mendlm import NM, Recipe
+from mendlm import NM, TLR, Recipe, Unstructured
+from mendlm.allocation import outlier_frac
+from mendlm.calibration import prepare
 from mendlm.calibration.blocks import BlockModel
 from mendlm.calibration.walk import CalibrationText, Walk, modules_by_block
 from mendlm.checkpoints.reader import open_checkpoint
 from mendlm.config import Calibration
+from mendlm.errors import UsageError
 from mendlm.experts import SparseLowRankExperts, unfuse
 from mendlm.inputs import InputStats
 from mendlm.pipeline import compress
 from mendlm.planning import make_plan
 from mendlm.runtime import SparseLowRankLinear
-from test_family_models import KINDS, VOCAB, Kind, build
+from test_family_models import KINDS, MIXTURES, VOCAB, Kind, build
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -119,3 +122,54 @@ def test_calibrated_compression_of_every_family(saved: Any, kind: Kind, tmp_path
         merged = mendlm.load(tmp_path / "out")(ids).logits
     torch.testing.assert_close(logits, merged, rtol=0, atol=256 * EPS32 * float(merged.abs().max()))
     assert bool(logits.isfinite().all())
+
+
+@pytest.fixture(scope="module")
+def lazy_router(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture whose first router sends every token to the same two of four experts."""
+    model = build(next(kind for kind in MIXTURES if kind.model_type == "qwen3_moe"))
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate.weight.zero_()
+    folder = tmp_path_factory.mktemp("lazy") / "model"
+    model.save_pretrained(folder, save_original_format=True)
+    return folder
+
+
+RANDOM_TOKENS = Calibration(source="random-tokens", n_sequences=3, seqlen=12)
+
+
+@pytest.mark.parametrize("metric", ["plain", "gram"])
+def test_an_expert_that_no_token_reached_is_no_dead_input(lazy_router: Path, metric: str, tmp_path: Path) -> None:
+    how: dict[str, Any] = {
+        "criterion": "wanda",
+        "metric": metric,
+        "pattern": NM(2, 4),
+        "refiner": TLR(rank=2, n_iter=3),
+    }
+    results = {
+        policy: compress(lazy_router, tmp_path / policy, Recipe(**how, calibration=RANDOM_TOKENS, dead_columns=policy))
+        for policy in ("keep", "drop")
+    }
+    unknown = [record for record in results["keep"].records if record.n_tokens == 0]
+    assert len([record for record in unknown if ".layers.0." in record.name]) == 6
+    dropped = {record.name: record for record in results["drop"].records}
+    for record in unknown:
+        assert dropped[record.name] == record
+        assert 0 < record.rel_error < 1
+    with pytest.raises(UsageError, match=r"no calibration token reached this expert.*experts\.\d\..*_proj"):
+        compress(lazy_router, tmp_path / "no", Recipe(**how, calibration=RANDOM_TOKENS, dead_columns="error"))
+
+
+def test_an_expert_that_no_token_reached_has_outliers_too(
+    lazy_router: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments: list[Tensor] = []
+
+    def noted(W: Tensor, second_moment: Tensor, threshold: float) -> float:
+        moments.append(second_moment)
+        return outlier_frac(W, second_moment, threshold)
+
+    monkeypatch.setattr(prepare, "outlier_frac", noted)
+    recipe = Recipe(pattern=Unstructured(0.5), refiner="none", calibration=RANDOM_TOKENS, layer_sparsity="owl")
+    compress(lazy_router, tmp_path / "out", recipe)
+    assert all(bool(moment.any()) for moment in moments)

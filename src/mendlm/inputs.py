@@ -93,7 +93,8 @@ def treat_dead_columns(W: Tensor, inputs: InputStats, policy: DeadColumns) -> tu
     W : (d_out, d_in). Not modified.
     inputs : of `W`.
     policy : "keep" ranks and mends the weights of a dead input as if it were the weakest live one, "drop" zeroes them,
-        so that they are pruned first, "error" refuses.
+        so that they are pruned first, "error" refuses. Of a weight that no token reached nothing is known: "drop" keeps
+        it.
 
     Raises
     ------
@@ -103,13 +104,18 @@ def treat_dead_columns(W: Tensor, inputs: InputStats, policy: DeadColumns) -> tu
     if not bool(dead.any()):
         return W, inputs
     if policy == "error":
+        if inputs.n_tokens == 0:
+            raise UsageError(
+                "no calibration token reached this expert. Calibrate on more or other text, or pass --dead-columns "
+                "keep or drop."
+            )
         columns = dead.nonzero().flatten().tolist()
         shown = ", ".join(map(str, columns[:5])) + (", …" if len(columns) > 5 else "")
         raise UsageError(
             f"{len(columns)} of {inputs.d_in} inputs were zero for every calibration token (columns {shown}). "
             "Calibrate on more or other text, or pass --dead-columns keep or drop."
         )
-    return (W.masked_fill(dead, 0) if policy == "drop" else W), inputs.revived()
+    return (W.masked_fill(dead, 0) if policy == "drop" and inputs.n_tokens else W), inputs.revived()
 
 
 def check_stats(W: Tensor, inputs: InputStats | None, needs: Literal["weights", "second_moment", "gram"]) -> None:

@@ -109,7 +109,9 @@ def survey(
         for name in modules:
             tensor = by_name[name]
             W = read_weight(shards[tensor.shard], tensor).to(prepared.model.device)
-            n_outliers += outlier_frac(W, stats[name].second_moment, owl.threshold) * W.numel()
+            # An expert that no token reached would have no outliers at all, and its block more zeros.
+            known = stats[name] if stats[name].n_tokens else stats[name].revived()
+            n_outliers += outlier_frac(W, known.second_moment, owl.threshold) * W.numel()
             sizes[index] = sizes.get(index, 0) + W.numel()
         fracs[index] = n_outliers / sizes[index]
     chosen = owl_sparsities(fracs, sizes, pattern.sparsity, owl.spread)
