@@ -81,7 +81,13 @@ def toy(rank: int = 2, dtype: torch.dtype = torch.float32, n: int = 12) -> tuple
 
 
 def match_toy(
-    block: Toy, state: State, inputs: Activations, targets: Activations, matching: Matching, seed: int = 0
+    block: Toy,
+    state: State,
+    inputs: Activations,
+    targets: Activations,
+    matching: Matching,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
     return match_block(
         block,
@@ -91,7 +97,7 @@ def match_toy(
         targets,
         matching,
         device=CPU,
-        dtype=torch.float32,
+        dtype=dtype,
         generator=torch.Generator().manual_seed(seed),
     )
 
@@ -129,6 +135,23 @@ def test_the_loss_falls_and_is_that_of_what_is_stored(rank: int, dtype: torch.dt
     assert all(not torch.equal(match.state.vectors[name], vector) for name, vector in state.vectors.items())
     assert {vector.dtype for vector in match.state.vectors.values()} == {dtype}
     assert all(torch.equal(before[name], tensor) for name, tensor in block.state_dict().items())
+
+
+def test_gradients_that_float16_has_no_numbers_for() -> None:
+    """Of a mean over thousands of tokens whose norms are large, as those of real models are."""
+    block, state, _, _ = toy(n=2)
+    losses = {}
+    for dtype in (torch.float32, torch.float16):
+        inputs, targets = (Activations(800, 5, 8, dtype, 100, None) for _ in range(2))
+        generator = torch.Generator().manual_seed(1)
+        for batch, target in zip(inputs.batches(), targets.batches(), strict=True):
+            hidden = 100 * torch.randn(batch.shape, generator=generator)
+            batch.copy_(hidden)
+            target.copy_(block(hidden))
+        match = match_toy(block, state, inputs, targets, Matching(n_steps=60, lr=0.02, batch_size=600), dtype=dtype)
+        losses[dtype] = match.loss_after / match.loss_before
+    assert losses[torch.float16] == pytest.approx(losses[torch.float32], rel=0.05)
+    assert losses[torch.float32] < 0.7
 
 
 def test_a_rate_that_breaks_everything_leaves_everything_as_it_was() -> None:

@@ -31,6 +31,9 @@ WARMUP_FRAC = 0.1  # of the steps: Adam's first ones know nothing about the size
 _BETAS = (0.9, 0.98)  # a second moment that a hundred steps are enough to estimate
 _EPS = 1e-20  # gradients of a mean over many outputs are tiny, and entries off the mask have none at all
 _TINY = 1e-30  # of a target that is zero
+# float16 has nothing between 0 and 6e-8, and gradients of a mean over many tokens lie there. They are multiplied by the
+# largest of these powers, from the first down to 1, with which none overflows; a power of 2 rounds nothing.
+_LARGEST_SCALE, _SCALE_STEP = 2.0**48, 2.0**4
 
 Forward = Callable[[Callable[..., Any], Tensor], Tensor]
 
@@ -181,19 +184,32 @@ def match_block(
     if not groups:
         return Match(state, before, before, 0, 0)
     optimiser = torch.optim.Adam(groups, betas=_BETAS, eps=_EPS)
+    scale = _LARGEST_SCALE if dtype == torch.float16 else 1.0
+
+    def differentiate(rows: Tensor) -> bool:
+        """Leave the gradients of the loss on some windows with the parameters; False if it, or one, is not finite."""
+        nonlocal scale
+        with torch.enable_grad():  # also for a caller who wants none
+            out = run(tuned.parameters(dtype), inputs.select(rows).to(device))
+            loss = _errors(out, targets.select(rows).to(device)).mean()
+            if not math.isfinite(loss.item()):
+                return False
+            while True:
+                optimiser.zero_grad()
+                torch.autograd.backward(loss * scale, retain_graph=scale > 1)
+                if dtype != torch.float16 or _unscale(optimiser, scale):
+                    return True
+                if scale == 1:
+                    return False
+                scale /= _SCALE_STEP
+
     rates = [group["lr"] for group in optimiser.param_groups]
     batches = _batches(n_train, size, generator)
     for step in range(1, matching.n_steps + 1):
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * _schedule(step, matching.n_steps)
-        rows = next(batches)
-        with torch.enable_grad():  # also for a caller who wants none
-            out = run(tuned.parameters(dtype), inputs.select(rows).to(device))
-            loss = _errors(out, targets.select(rows).to(device)).mean()
-        if not math.isfinite(loss.item()):
+        if not differentiate(next(batches)):
             break
-        optimiser.zero_grad()
-        torch.autograd.backward(loss)
         optimiser.step()
         n_steps = step
         if step % EVALUATE_EVERY and step != matching.n_steps:
@@ -272,6 +288,16 @@ def _installed(state: State, device: torch.device, dtype: torch.dtype) -> dict[s
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().float().clone().requires_grad_(True)
+
+
+def _unscale(optimiser: torch.optim.Optimizer, scale: float) -> bool:
+    """Divide all gradients by `scale` if they are finite; whether they are."""
+    found = [p.grad for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
+    if not all(all_finite(gradient) for gradient in found):
+        return False
+    for gradient in found:
+        gradient.div_(scale)
+    return True
 
 
 def _schedule(step: int, n_steps: int) -> float:
