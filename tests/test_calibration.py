@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -26,7 +27,7 @@ from mendlm.checkpoints.reader import open_checkpoint
 from mendlm.config import Calibration
 from mendlm.errors import CheckpointError, MendError, NonFiniteError, UsageError
 from mendlm.inputs import InputStats, treat_dead_columns
-from mendlm.pipeline import BlockStarted, Event, TensorDone, compress
+from mendlm.pipeline import BlockStarted, Event, TensorDone, TensorStarted, compress
 from mendlm.report.records import read_manifest, read_records
 from tiny import tiny_model
 
@@ -497,6 +498,30 @@ def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> 
         subprocess.run([sys.executable, "-c", PEAK, model, out], check=True, env=os.environ | STEADY_HEAP)
         peaks[n] = json.loads((out / "mendlm.run.json").read_text())["peak_memory_bytes"]
     assert peaks[32] < 1.1 * peaks[8], peaks
+
+
+@pytest.mark.parametrize("work", ["compress", "plan"])
+def test_statistics_go_with_the_last_weight_that_needs_them(
+    work: str, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """What is derived of them, several times their size, with them: a mixture of experts has hundreds in a block."""
+    how = Recipe(
+        criterion="sparsegpt", pattern=NM(2, 4), refiner=TLR(rank=4, n_iter=2), calibration=calibration(text_file)
+    )
+    alive: dict[str, int] = {}
+
+    def count(event: Any) -> None:
+        if isinstance(event, TensorStarted):
+            alive[event.name] = sum(type(thing) is InputStats for thing in gc.get_objects())
+
+    gc.collect()
+    if work == "compress":
+        compress(tiny_llama, tmp_path / "out", how, on_event=count)
+    else:
+        mendlm.plan_budget(tiny_llama, how, target_rank_bytes=0.1, on_event=count)
+    before = min(alive.values()) - 1  # of other tests
+    layers = [[n - before for name, n in alive.items() if f".layers.{layer}." in name] for layer in (0, 1)]
+    assert layers == [[4, 3, 3, 2, 2, 1, 1]] * 2  # down, gate and up, o, and q, k, v
 
 
 def test_trimming_is_harmless_where_it_is_not_possible(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,7 +275,7 @@ class _Measuring:
             with prepared.model.loaded(index) as block:
                 stats = walk.gather(index, block, modules, gram=gram and bool(modules), advance=True, phase="survey")
             for name in modules:
-                yield self._measure(by_name[name], stats[name])
+                yield self._measure(by_name[name], stats.pop(name))
             del stats
             trim()
 

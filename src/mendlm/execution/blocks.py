@@ -108,8 +108,9 @@ class BlockRun(Run):
         stats = walk.gather(index, block, modules, gram=self.plan.recipe.needs == "gram", advance=advance)
         shards = {shard.name: shard for shard in self.shards}
         if self._matching is None:
+            # What is derived of statistics is several times their size, and goes with the last weight that needs it.
             stored = {
-                tensor.name: self._compress(writers[tensor.shard], shards[tensor.shard], tensor, stats[tensor.name])
+                tensor.name: self._compress(writers[tensor.shard], shards[tensor.shard], tensor, stats.pop(tensor.name))
                 for tensor in pending
             }
         else:
