@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import reprlib
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from mendlm.budgets import parse_rank, resolve_rank
 from mendlm.criteria import CRITERIA, AbstractCriterion, Needs
 from mendlm.errors import UsageError
 from mendlm.inputs import DeadColumns
-from mendlm.names import lookup
+from mendlm.names import literal_name, lookup
 from mendlm.patterns import NM, Adjustable, Pattern, Tiles, Unstructured
 from mendlm.recipe_errors import recipe_error
 from mendlm.refiners import REFINERS, AbstractRefiner, PruneOnly
@@ -169,6 +170,33 @@ class Override(BaseModel):
             "rank": self.rank,
         }
         return {name: value for name, value in fields.items() if value is not None}
+
+
+class _Same:
+    """A tuple as a key by identity: to hash thousands of overrides takes as long as to compare them all with a name."""
+
+    def __init__(self, overrides: tuple[Override, ...]) -> None:
+        self.overrides = overrides
+
+    def __hash__(self) -> int:
+        return id(self.overrides)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.overrides is self.overrides
+
+
+@functools.lru_cache(maxsize=4)
+def _by_match(key: _Same) -> tuple[dict[str, list[int]], list[tuple[int, str]]]:
+    """Places of the overrides of one tensor, by its name, and places and globs of the others."""
+    exact: dict[str, list[int]] = {}
+    globs = []
+    for place, override in enumerate(key.overrides):
+        name = literal_name(override.match)
+        if name is None:
+            globs.append((place, override.match))
+        else:
+            exact.setdefault(name, []).append(place)
+    return exact, globs
 
 
 class Owl(BaseModel):
@@ -393,7 +421,9 @@ class Recipe(BaseModel):
         return next((value for value in found if value is not None), getattr(self, field))
 
     def _matching(self, name: str) -> list[Override]:
-        return [override for override in self.overrides if fnmatchcase(name, override.match)]
+        exact, globs = _by_match(_Same(self.overrides))
+        places = {*exact.get(name, ()), *(place for place, match in globs if fnmatchcase(name, match))}
+        return [self.overrides[place] for place in sorted(places)]
 
     def _refiner_class(self) -> type[AbstractRefiner]:
         return REFINERS[self.refiner] if isinstance(self.refiner, str) else type(self.refiner)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import glob
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -20,3 +22,9 @@ def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         known = ", ".join(sorted(table))
         raise UsageError(f"unknown {kind} {name!r}.{hint} Available: {known}.") from None
+
+
+def literal_name(match: str) -> str | None:
+    """The one name that a glob made by `glob.escape` matches; None for other globs."""
+    name = re.sub(r"\[([*?[])\]", r"\1", match)
+    return name if glob.escape(name) == match else None

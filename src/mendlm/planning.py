@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -18,6 +16,7 @@ from mendlm.checkpoints.plan import PlannedTensor, copied, natural_key
 from mendlm.checkpoints.reader import Checkpoint
 from mendlm.errors import MendError, UsageError, located
 from mendlm.families import block_of, can_be_compressed, choose_tensors, expert_name, is_transposed
+from mendlm.names import literal_name
 from mendlm.patterns import n_kept_total
 from mendlm.refiners import check_rank
 from mendlm.report.records import Totals, summarize
@@ -102,8 +101,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, sparsities: Mapping[str, f
 def _check_overrides(recipe: Recipe, names: Collection[str]) -> None:
     """Refuse an override for one tensor that is none of these; a glob may match nothing."""
     for override in recipe.overrides:
-        name = re.sub(r"\[([*?[])\]", r"\1", override.match)  # if `glob.escape` made it of a name
-        if glob.escape(name) == override.match and name not in names:
+        name = literal_name(override.match)
+        if name is not None and name not in names:
             raise UsageError(
                 f"override {override.match!r} is of a tensor that the model does not have, so the recipe is of another "
                 "model. Make one for this model with mendlm plan, or give a glob."
