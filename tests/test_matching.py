@@ -16,7 +16,14 @@ from conftest import TinyLlama
 from faulting import bytes_of
 from mendlm import NM, TLR, Recipe, Unstructured
 from mendlm.calibration.activations import Activations
-from mendlm.calibration.matching import PackedWeight, State, batch_sizes, match_block, split_windows
+from mendlm.calibration.matching import (
+    PackedWeight,
+    State,
+    batch_sizes,
+    match_block,
+    shared_frac,
+    split_windows,
+)
 from mendlm.config import Calibration, Matching
 from mendlm.errors import UsageError
 from mendlm.packing import pack_mask, unpack, unpack_mask
@@ -369,6 +376,38 @@ def test_forms_of_the_field() -> None:
     short = Recipe(match_blocks=30, calibration="self")
     assert short.match_blocks == Matching(n_steps=30)
     assert Recipe(**json.loads(json.dumps(short.to_dict()))) == short
+
+
+@pytest.mark.parametrize("windows", ["random", "leading"])
+def test_text_held_out_and_tuned_on_is_pointed_out(windows: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """Random windows of one text overlap."""
+    words = torch.randint(10**6, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "text.txt").write_text(" ".join(map(str, words))[:2100])
+    calibration = Calibration(source=str(tmp_path / "text.txt"), n_sequences=32, seqlen=64, windows=windows)
+    for matching in (Matching(n_steps=1), None):
+        out = tmp_path / f"{matching is None}"
+        result = compress(
+            tiny_llama, out, Recipe(**DEFAULTS, calibration=calibration, metric="gram", match_blocks=matching)
+        )
+        facts = read_manifest(result.out).calibration
+        assert facts is not None
+        found = [warning for warning in facts["warnings"] if "of the text that block matching holds out" in warning]
+        assert len(found) == (windows == "random" and matching is not None)
+
+
+def test_the_share_of_what_is_held_out_and_tuned_on() -> None:
+    text = torch.randint(50_000, (1000,), generator=torch.Generator().manual_seed(0))
+    tuned = text[:200].reshape(4, 50)
+    for start, is_shared in ((950, False), (100, True), (110, True), (190, False)):
+        ids = torch.cat([tuned, text[start : start + 50][None]])
+        expected = sum(
+            any(torch.equal(ids[4, i : i + 16], row[j : j + 16]) for row in tuned for j in range(35)) for i in range(35)
+        )
+        assert shared_frac(ids, 4) == pytest.approx(expected / 35)
+        assert (expected > 0) is is_shared
+    short = torch.tensor([[1, 2, 3], [4, 5, 6], [1, 2, 3]])
+    assert shared_frac(short, 2) == 1
+    assert shared_frac(short[:2], 1) == 0
 
 
 def test_two_windows_are_enough(tiny_llama: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +35,9 @@ _TINY = 1e-30  # of a target that is zero
 # float16 has nothing between 0 and 6e-8, and gradients of a mean over many tokens lie there. They are multiplied by the
 # largest of these powers, from the first down to 1, with which none overflows; a power of 2 rounds nothing.
 _LARGEST_SCALE, _SCALE_STEP = 2.0**48, 2.0**4
+
+_RUN = 16  # tokens: too many to stand in two places of a text by chance
+_FACTOR = np.uint64(6364136223846793005)  # odd and large: Knuth's, of MMIX
 
 Forward = Callable[[Callable[..., Any], Tensor], Tensor]
 
@@ -106,6 +110,19 @@ def split_windows(n_sequences: int, held_out: float) -> int:
             "Raise --n-sequences to 2 at least."
         )
     return n_sequences - min(n_sequences - 1, max(1, round(held_out * n_sequences)))
+
+
+def shared_frac(ids: Tensor, n_train: int) -> float:
+    """Share of what is held out of the windows `ids` (n_sequences, seqlen) that stands in the first `n_train`, too.
+
+    Of their runs of `_RUN` tokens, compared by a hash: random windows of one text overlap.
+    """
+    windows = ids.numpy().astype(np.uint64)
+    n_runs = max(windows.shape[1] - _RUN + 1, 1)
+    runs = np.zeros((len(windows), n_runs), np.uint64)
+    for place in range(windows.shape[1] - n_runs + 1):
+        runs = runs * _FACTOR + windows[:, place : place + n_runs]  # modulo 2 ** 64
+    return float(np.isin(runs[n_train:], runs[:n_train]).mean())
 
 
 def batch_sizes(n_sequences: int, matching: Matching) -> set[int]:

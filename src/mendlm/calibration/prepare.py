@@ -13,16 +13,20 @@ import torch
 from mendlm._memory import trim
 from mendlm.allocation import outlier_frac, owl_sparsities
 from mendlm.calibration.blocks import BlockModel
+from mendlm.calibration.matching import shared_frac, split_windows
 from mendlm.calibration.walk import CalibrationText, Walk, modules_by_block
-from mendlm.calibration.windows import calibration_windows, max_positions
+from mendlm.calibration.windows import Windows, calibration_windows, max_positions
 from mendlm.checkpoints.reader import Checkpoint, read_weight
 from mendlm.errors import UsageError
 from mendlm.patterns import NM
 
 if TYPE_CHECKING:
+    from mendlm.config import Matching
     from mendlm.planning import CompressionPlan
 
 logger = logging.getLogger(__name__)
+
+_SHARED = 0.05  # of what is held out may also be tuned on without a warning
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,31 @@ def prepare(checkpoint: Checkpoint, plan: CompressionPlan, device: torch.device,
         max_positions=max_positions(checkpoint.config),
         device=device,
     )
+    warnings = [*windows.warnings, *_overlap(windows, plan.recipe.match_blocks)]
     trim()
     facts = {
         "source": windows.source,
         "n_sequences": windows.ids.shape[0],
         "seqlen": windows.seqlen,
         "token_ids_sha256": windows.sha256,
-        "warnings": list(windows.warnings),
+        "warnings": warnings,
     }
     return Prepared(model, CalibrationText(windows.ids, calibration.batch_size, folder), facts)
+
+
+def _overlap(windows: Windows, matching: Matching | None) -> list[str]:
+    """A warning where windows that block matching holds out are of the text that it tunes on; it is logged, too."""
+    if matching is None:
+        return []
+    share = shared_frac(windows.ids, split_windows(len(windows.ids), matching.held_out))
+    if share <= _SHARED:
+        return []
+    warning = (
+        f"{share:.0%} of the text that block matching holds out is in windows that it tunes on, so that it does not "
+        "see what does harm on other text. Give more text, lower n_sequences, or take leading windows."
+    )
+    logger.warning("%s", warning)
+    return [warning]
 
 
 def survey(
