@@ -267,6 +267,24 @@ def test_curves_are_read_back_and_belong_to_one_run(tiny_llama: Path, tmp_path: 
     assert [t.rank for t in other.tensors] == [t.rank for t in first.tensors]
 
 
+def test_settings_that_no_curve_depends_on(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    calibration = {"source": str(text_file), "n_sequences": 4, "seqlen": 64}
+    recipe = Recipe(criterion="wanda", pattern="2:4", rank=4, calibration=calibration)
+    file = tmp_path / "curves.json"
+    events: list[Any] = []
+    plan_budget(tiny_llama, recipe, target_rank_bytes=FACTORS, curves=file)
+    changes: list[dict[str, Any]] = [
+        {"dtype": "bfloat16"},
+        {"match_blocks": {"n_steps": 50}},
+        {"calibration": calibration | {"propagate": "dense"}},
+    ]
+    for more in changes:
+        other = Recipe(**(recipe.to_dict() | more))
+        found = plan_budget(tiny_llama, other, target_rank_bytes=FACTORS, curves=file, on_event=events.append)
+        assert events == []
+        assert (found.recipe.dtype, found.recipe.match_blocks) == (other.dtype, other.match_blocks)
+
+
 def test_a_file_of_curves_grows_by_what_a_target_needs(tiny_llama: Path, tmp_path: Path) -> None:
     file = tmp_path / "curves.json"
     events: list[Any] = []

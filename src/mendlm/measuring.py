@@ -37,8 +37,8 @@ from mendlm.selection import select
 FORMAT = "mendlm-curves-1"
 # A file is saved this often at most, and after this many times what saving it took: a twentieth of the time.
 SECONDS_BETWEEN_SAVES, REST_OF_SAVING = 30.0, 20.0
-# What a recipe says that no curve depends on: the patterns are in the curves themselves.
-_WITHOUT_EFFECT = ("rank", "overrides", "pattern", "skip_layers", "include", "exclude")
+# What a recipe says that no curve depends on: the patterns are in the curves themselves, and the model is dense.
+_WITHOUT_EFFECT = ("rank", "overrides", "pattern", "skip_layers", "include", "exclude", "dtype", "match_blocks")
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,8 @@ class ModelCurves:
 def fingerprint_of(checkpoint: Checkpoint, recipe: Recipe, rank_step: int, device: torch.device) -> dict[str, Any]:
     """Everything that the curves depend on but the patterns, from stat and headers: cheap."""
     settings = {name: value for name, value in recipe.to_dict().items() if name not in _WITHOUT_EFFECT}
+    if settings["calibration"] is not None:
+        settings["calibration"] = {k: v for k, v in settings["calibration"].items() if k != "propagate"}
     if criteria := [[o.match, o.criterion] for o in recipe.overrides if o.criterion is not None]:
         settings["criteria"] = criteria
     text = local_path(recipe.calibration.source) if recipe.calibration is not None else None
