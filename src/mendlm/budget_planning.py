@@ -343,10 +343,9 @@ class _Choice:
         weight = _weight(self._objective, curves)
         self._total += weight * curves.energy
         settings, options, stored = [], [], []
+        by_pattern = curves.by_pattern
         for pattern in patterns:
-            curve = curves.curve(pattern)
-            if curve is None:
-                raise UsageError(f"no curve of {tensor.name!r} at {pattern}.")
+            curve = by_pattern[pattern]
             for rank, error in zip(curves.ranks, curve.errors, strict=True):
                 n_bytes = packed_bytes(d_out, d_in, curve.n_kept, rank, itemsize)
                 factor_bytes = factor_params(d_out, d_in, rank) * itemsize
@@ -473,8 +472,7 @@ class _Choice:
 
     def _row(self, tensor: PlannedTensor, setting: _Setting) -> PlannedBudget:
         curves = self._curves.tensors[tensor.name]
-        curve = curves.curve(setting.pattern)
-        error = 0.0 if curve is None else curve.errors[curves.ranks.index(setting.rank)]
+        error = curves.by_pattern[setting.pattern].errors[curves.ranks.index(setting.rank)]
         block = split_block(tensor.name)
         return PlannedBudget(
             name=tensor.name,

@@ -69,9 +69,10 @@ class TensorCurves:
     ranks: tuple[int, ...]
     curves: tuple[ErrorCurve, ...]
 
-    def curve(self, pattern: Pattern) -> ErrorCurve | None:
-        """That of `pattern`, if it was measured."""
-        return next((curve for curve in self.curves if curve.pattern == pattern), None)
+    @property
+    def by_pattern(self) -> dict[Pattern, ErrorCurve]:
+        """The curves by what they are of."""
+        return {curve.pattern: curve for curve in self.curves}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""

@@ -26,7 +26,15 @@ from mendlm.paths import local_path
 
 # What transformers raises on a GGUF it cannot take, besides errors of its configs: it has no class of its own for that.
 _LOAD_ERRORS = (
-    *(ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OSError, ImportError, ArithmeticError),
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    OSError,
+    ImportError,
+    ArithmeticError,
 )
 
 

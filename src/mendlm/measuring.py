@@ -125,8 +125,9 @@ class ModelCurves:
 
     def missing(self, patterns: Patterns) -> Patterns:
         """What of `patterns` has no curve here, by tensor name."""
+        known = {name: curves.by_pattern for name, curves in self.tensors.items()}
         found = {
-            name: tuple(p for p in asked if name not in self.tensors or self.tensors[name].curve(p) is None)
+            name: tuple(pattern for pattern in asked if pattern not in known.get(name, {}))
             for name, asked in patterns.items()
         }
         return {name: left for name, left in found.items() if left}

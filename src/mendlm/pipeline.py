@@ -401,20 +401,14 @@ def _finished_run(target: Path, checkpoint: Checkpoint, recipe: Recipe) -> Manif
 
 def _token_ids_sha256(checkpoint: Checkpoint, recipe: Recipe) -> str | None:
     """Of the windows of a calibration file, whose content no recipe states; None for any other source, or none now."""
-    from mendlm.calibration.windows import SOURCES, calibration_windows, max_positions
+    from mendlm.calibration.windows import SOURCES, windows_of
 
     calibration = recipe.calibration
     if calibration is None or not _walks(recipe) or is_url(checkpoint.folder) or calibration.source in SOURCES:
         return None
     if not local_path(calibration.source).exists():
         return None
-    return calibration_windows(
-        checkpoint.folder,
-        calibration,
-        seed=recipe.seed,
-        max_positions=max_positions(checkpoint.config),
-        device=torch.device("cpu"),
-    ).sha256
+    return windows_of(checkpoint, calibration, recipe.seed, torch.device("cpu")).sha256
 
 
 def _known_stats(target: Path) -> Any:

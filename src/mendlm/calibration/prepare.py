@@ -15,7 +15,7 @@ from mendlm.allocation import outlier_frac, owl_sparsities
 from mendlm.calibration.blocks import BlockModel
 from mendlm.calibration.matching import shared_frac, split_windows
 from mendlm.calibration.walk import CalibrationText, Walk, modules_by_block
-from mendlm.calibration.windows import Windows, calibration_windows, max_positions
+from mendlm.calibration.windows import Windows, windows_of
 from mendlm.checkpoints.reader import Checkpoint, read_weight
 from mendlm.errors import UsageError
 from mendlm.patterns import NM
@@ -67,13 +67,7 @@ def prepare(checkpoint: Checkpoint, plan: CompressionPlan, device: torch.device,
         raise UsageError("the recipe has no calibration.")
     model = BlockModel(checkpoint, device, _run_dtype(plan, device))
     modules_by_block(model, plan.compressed)
-    windows = calibration_windows(
-        checkpoint.folder,
-        calibration,
-        seed=plan.recipe.seed,
-        max_positions=max_positions(checkpoint.config),
-        device=device,
-    )
+    windows = windows_of(checkpoint, calibration, plan.recipe.seed, device)
     warnings = [*windows.warnings, *_overlap(windows, plan.recipe.match_blocks)]
     trim()
     facts = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mendlm.calibration.sampling import sample_windows
-from mendlm.checkpoints.reader import read_json_object
+from mendlm.checkpoints.reader import Checkpoint, read_json_object
 from mendlm.errors import CheckpointError, UsageError
 from mendlm.evaluation.text import DatasetSource, join_rows, load_tokenizer, open_dataset, read_text, tokenize
 from mendlm.names import lookup
@@ -135,6 +135,13 @@ def calibration_windows(
         logger.warning("%s", warning)
     digest = hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
     return Windows(ids, source, digest, seqlen, tuple(warnings))
+
+
+def windows_of(checkpoint: Checkpoint, calibration: Calibration, seed: int, device: torch.device) -> Windows:
+    """`calibration_windows` for an open checkpoint; errors as there."""
+    return calibration_windows(
+        checkpoint.folder, calibration, seed=seed, max_positions=max_positions(checkpoint.config), device=device
+    )
 
 
 def _stated(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:

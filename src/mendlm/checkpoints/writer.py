@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -207,7 +208,7 @@ def replace_file(path: Path, content: bytes) -> None:
     StorageError : the disk is full, or cannot be written; `path` is as it was.
     """
     place = path.resolve()  # of what a link names
-    new = place.with_name(f".{place.name}.{os.getpid()}")  # of this process: another may write the same file
+    new = place.with_name(f".{place.name}.{os.getpid()}")  # as `is_remnant`; another process may write the same file
     try:
         write_file(new, content)
         with storage_errors(path):
@@ -215,6 +216,11 @@ def replace_file(path: Path, content: bytes) -> None:
     except BaseException:
         new.unlink(missing_ok=True)
         raise
+
+
+def is_remnant(name: str, of: str) -> bool:
+    """Whether a file is what `replace_file` leaves beside one named `of` when the process is killed meanwhile."""
+    return re.fullmatch(rf"\.{re.escape(of)}\.\d+", name) is not None
 
 
 def copy_file(source: Path, target: Path) -> None:

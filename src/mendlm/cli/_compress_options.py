@@ -277,12 +277,13 @@ TaskTimeoutOption = Annotated[
     ),
 ]
 DevicesOption = Annotated[
-    str | None,
+    str,
     typer.Option(
         "--device",
         metavar="DEVICES",
         help="cpu, cuda, cuda:N, or several: cuda:0,1. Default: cpu.",
         rich_help_panel=_RUN,
+        show_default=False,
     ),
 ]
 ResumeOption = Annotated[

@@ -31,10 +31,9 @@ TracebackOption = Annotated[
         show_default=False,
     ),
 ]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cpu.", show_default=False),
-]
+_DEVICE = typer.Option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cpu.", show_default=False)
+DeviceOption = Annotated[str | None, _DEVICE]
+WorkDeviceOption = Annotated[str, _DEVICE]  # "cpu" unless it is given
 ComputeDtypeOption = Annotated[
     str | None,
     typer.Option(

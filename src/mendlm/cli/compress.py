@@ -102,7 +102,7 @@ def compress(
     activation_dir: options.ActivationDirOption = None,
     seed: options.SeedOption = None,
     dtype: options.StorageOption = None,
-    device: options.DevicesOption = None,
+    device: options.DevicesOption = "cpu",
     executor: options.ExecutorOption = "local",
     ray_address: options.RayAddressOption = None,
     workers: options.WorkersOption = None,
@@ -125,7 +125,7 @@ def compress(
         if dry_run:
             from mendlm.pipeline import plan
 
-            spread.devices("cpu" if device is None else device)
+            spread.devices(device)
             if chosen.calibration is not None:
                 from mendlm.calibration.windows import check_source
 
@@ -136,7 +136,7 @@ def compress(
             ctx.find_root().obj.interrupt_hint = (
                 f"Run the same command with {how} to go on from the tensors done so far."
             )
-            target = _Target(out, "cpu" if device is None else device, spread, overwrite, resume, activation_dir)
+            target = _Target(out, device, spread, overwrite, resume, activation_dir)
             result = _run(stream, model, chosen, target)
     if as_json:
         print_json(planned.to_dict() if dry_run else result.to_dict())

@@ -22,7 +22,7 @@ from mendlm.cli._console import (
     print_json,
     print_table,
 )
-from mendlm.cli._options import DeviceOption, JsonOption, TracebackOption
+from mendlm.cli._options import JsonOption, TracebackOption, WorkDeviceOption
 from mendlm.cli._progress import counted, progress_view
 from mendlm.cli.compress import recipe_of
 from mendlm.errors import UsageError
@@ -163,7 +163,7 @@ def plan(
     activation_dir: options.ActivationDirOption = None,
     seed: options.SeedOption = None,
     dtype: options.StorageOption = None,
-    device: DeviceOption = None,
+    device: WorkDeviceOption = "cpu",
     as_json: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
@@ -212,7 +212,7 @@ def plan(
                 sparsities=_parse_sparsities(sparsities),
                 rank_step=DEFAULT_RANK_STEP if rank_step is None else rank_step,
                 curves=curves,
-                device="cpu" if device is None else device,
+                device=device,
                 activation_dir=activation_dir,
                 on_event=on_event,
             )

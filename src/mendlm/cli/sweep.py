@@ -21,7 +21,7 @@ from mendlm.cli._console import (
     safe,
 )
 from mendlm.cli._errors import FAILED
-from mendlm.cli._options import DeviceOption, JsonOption, TracebackOption
+from mendlm.cli._options import JsonOption, TracebackOption, WorkDeviceOption
 from mendlm.cli._progress import counted, progress_view
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def sweep(
             rich_help_panel=_RUN,
         ),
     ] = "none",
-    device: DeviceOption = None,
+    device: WorkDeviceOption = "cpu",
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -121,13 +121,7 @@ def sweep(
     Every point is checked before the first one starts. What is done is never done again: the same command goes on,
     after Ctrl-C or with more points in the file.
     """
-    where = {
-        "text": text,
-        "dataset": dataset,
-        "n_windows": n_windows,
-        "seqlen": seqlen,
-        "device": "cpu" if device is None else device,
-    }
+    where = {"text": text, "dataset": dataset, "n_windows": n_windows, "seqlen": seqlen, "device": device}
     with json_only(as_json) as stream:
         from mendlm.sweeping import plan_sweep
         from mendlm.sweeping import sweep as run_sweep

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from mendlm.checkpoints.finish import hash_files, input_files, to_json
 from mendlm.checkpoints.reader import Checkpoint
 from mendlm.checkpoints.staging import check_target, differences, lock_folder
-from mendlm.checkpoints.writer import replace_file, storage_errors
+from mendlm.checkpoints.writer import is_remnant, replace_file, storage_errors
 from mendlm.config import Recipe
 from mendlm.devices import resolve_device
 from mendlm.errors import CheckpointError, MendError, UsageError
@@ -36,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 SETUP_FILE = "sweep.json"
 TABLE_FILE = "sweep.md"
-_OURS = re.compile(rf"lock|\.{re.escape(SETUP_FILE)}\.\d+")  # what a sweep that was killed at once leaves
 Keep = Literal["none", "pareto", "all"]
 KEEP: tuple[Keep, ...] = ("none", "pareto", "all")
 
@@ -504,7 +502,8 @@ def _read_setup(out: Path) -> dict[str, Any] | None:
     """
     path = out / SETUP_FILE
     if not path.exists():
-        if out.is_dir() and not all(_OURS.fullmatch(entry.name) for entry in out.iterdir()):
+        names = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
+        if not all(name == "lock" or is_remnant(name, SETUP_FILE) for name in names):  # one that was killed at once
             raise UsageError(f"OUT {str(out)!r} is not empty and holds no sweep. Choose another folder.")
         return None
     try:
