@@ -40,6 +40,8 @@ $(DEV): $(STAMP)
 	$(INSTALL) --constraint constraints.txt 'mendlm[dev]'
 	touch $(DEV)
 
+# As mendlm commands do by themselves, so that another program beside it costs little (docs/scaling.md).
+demo: export GOMP_SPINCOUNT ?= 1000
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 

@@ -694,3 +694,25 @@ def test_a_recipe_for_another_model_is_refused(
     assert "'transformer.h.0.attn.c_proj.weight' is of a tensor that the model does not have" in capsys.readouterr().err
     file.write_text("overrides:\n- {match: '*.c_proj.weight', rank: 3}\n- {match: lm_head.weight, rank: 2}\n")
     assert main(["compress", str(tiny_llama), str(tmp_path / "out"), "--recipe", str(file), "--dry-run"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "said", "spins"),
+    [
+        (["recipes"], {}, "1000"),
+        (["recipes"], {"GOMP_SPINCOUNT": "5"}, "5"),
+        (["recipes"], {"OMP_WAIT_POLICY": "passive"}, "0"),
+        (["bench", "nowhere"], {}, "300000"),
+    ],
+)
+def test_waiting_threads_give_their_cores_away(args: list[str], said: dict[str, str], spins: str) -> None:
+    """What libgomp says itself, which torch loads after the command has begun."""
+    program = "import sys; from mendlm.cli import main; main(sys.argv[1:]); import torch"
+    more = {"GOMP_SPINCOUNT": "", "OMP_WAIT_POLICY": "", "OMP_DISPLAY_ENV": "verbose"} | said
+    env = {name: value for name, value in environment(**more).items() if value}
+    run = [sys.executable, "-c", program, *args]
+    result = subprocess.run(run, capture_output=True, text=True, env=env, timeout=60)
+    told = set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", result.stderr))
+    if not told:
+        pytest.skip("this torch does not come with libgomp")
+    assert told == {spins}

@@ -21,6 +21,7 @@ from mendlm.cli import (
     verify,
 )
 from mendlm.cli._options import TracebackOption
+from mendlm.cli._threads import share_cores
 
 _EXAMPLES = """[bold]Examples[/bold]
 
@@ -58,12 +59,14 @@ def build_command() -> Any:
 
     @app.callback(epilog=_EXAMPLES)
     def root(
+        context: typer.Context,
         version: Annotated[
             bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
         ] = False,
         traceback: TracebackOption = False,
     ) -> None:
         """Compress pretrained language models as sparse + low-rank, [bold]W ≈ S + B @ A[/bold], without retraining."""
+        share_cores(context.invoked_subcommand)
 
     app.command("compress", epilog=compress.EXAMPLES)(compress.compress)
     app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
