@@ -454,6 +454,7 @@ def test_records_of_something_else(tiny_llama: Path, tmp_path: Path) -> None:
         read_records(tiny_llama)
     for text, message in (
         ("{", "is not valid JSON"),
+        ('{"format": "mendlm", "version": 1, "totals": NaN}', "is not valid JSON: it has NaN where a number must be"),
         ("[]", "was not written by mendlm compress"),
         ('{"format": "mendlm", "version": 2}', "has version 2, this mendlm reads version 1"),
         ('{"format": "mendlm", "version": 1}', "is incomplete"),

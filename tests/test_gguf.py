@@ -305,6 +305,18 @@ def test_unknown_architecture_and_metadata_alone(llama_model: Any, tmp_path: Pat
     assert left_behind(tmp_path) == ["alien.gguf", "meta.gguf"]
 
 
+@pytest.fixture
+def replacing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value that is written again takes the place of the first; text may stand where a number should."""
+    add = gguf.GGUFWriter.add_key_value
+
+    def replace(writer: Any, key: str, value: Any, kind: Any, *rest: Any, **more: Any) -> None:
+        writer.kv_data[0].pop(key, None)
+        add(writer, key, value, gguf.GGUFValueType.STRING if isinstance(value, str) else kind, *rest, **more)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_key_value", replace)
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
@@ -314,18 +326,30 @@ def test_unknown_architecture_and_metadata_alone(llama_model: Any, tmp_path: Pat
         (("add_context_length", "long"), "max_position_embeddings"),
     ],
 )
+@pytest.mark.usefixtures("replacing")
 def test_metadata_that_no_config_takes(
-    llama_model: Any, tmp_path: Path, metadata: tuple[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    llama_model: Any, tmp_path: Path, metadata: tuple[str, Any], message: str
 ) -> None:
-    add = gguf.GGUFWriter.add_key_value
-
-    def replacing(writer: Any, key: str, value: Any, kind: Any, *rest: Any, **more: Any) -> None:
-        writer.kv_data[0].pop(key, None)
-        add(writer, key, value, gguf.GGUFValueType.STRING if isinstance(value, str) else kind, *rest, **more)
-
-    monkeypatch.setattr(gguf.GGUFWriter, "add_key_value", replacing)
     file = write_gguf(tmp_path / "odd.gguf", llama_model, "llama", metadata=[metadata])
     with pytest.raises(CheckpointError, match=rf"transformers cannot import 'odd\.gguf'.*{message}"):
+        import_gguf(file, tmp_path / "out")
+    assert left_behind(tmp_path) == ["odd.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (("add_rope_freq_base", 0.0), r"has 0 for llama\.rope\.freq_base, which must be above 0"),
+        (("add_rope_freq_base", float("nan")), r"has nan for llama\.rope\.freq_base, which must be a finite number"),
+        (("add_layer_norm_rms_eps", float("inf")), r"has inf for llama\.attention\.layer_norm_rms_epsilon"),
+    ],
+)
+@pytest.mark.usefixtures("replacing")
+def test_metadata_that_makes_a_model_of_nan(
+    llama_model: Any, tmp_path: Path, metadata: tuple[str, Any], message: str
+) -> None:
+    file = write_gguf(tmp_path / "odd.gguf", llama_model, "llama", metadata=[metadata])
+    with pytest.raises(CheckpointError, match=message):
         import_gguf(file, tmp_path / "out")
     assert left_behind(tmp_path) == ["odd.gguf"]
 

@@ -229,11 +229,11 @@ class GGUFFile:
         return default if found is None else found.contents()
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A metadata value that must be a number; errors: `CheckpointError`."""
+        """A metadata value that must be a finite number; errors: `CheckpointError`."""
         found = self.value(key, default)
-        if isinstance(found, bool) or not isinstance(found, int | float):
+        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
             raise CheckpointError(
-                f"{self.path.name!r} has {found!r:.80} for {self.architecture}.{key}, which must be a number. "
+                f"{self.path.name!r} has {found!r:.80} for {self.architecture}.{key}, which must be a finite number. "
                 "Fetch it again, or use the original checkpoint."
             )
         return found
@@ -309,6 +309,19 @@ class GGUFFile:
         elif ".q_proj." not in name:
             return W
         return W.reshape(n_heads, -1, 2, *W.shape[1:]).transpose(1, 2).reshape(W.shape)
+
+    def check_numbers(self) -> None:
+        """Refuse settings of the architecture that would make a model of NaN."""
+        for key in self.reader.fields:
+            prefix, _, setting = key.partition(".")
+            if prefix == self.architecture and isinstance(self.value(setting), float):
+                self.number(setting)
+        base = self.number("rope.freq_base", 10_000.0)
+        if base <= 0:
+            raise CheckpointError(
+                f"{self.path.name!r} has {base:g} for {self.architecture}.rope.freq_base, which must be above 0. Fetch "
+                "it again, or use the original checkpoint."
+            )
 
     def check_rope(self) -> None:
         """Refuse rotary scaling that transformers would drop without a word."""

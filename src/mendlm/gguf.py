@@ -111,6 +111,7 @@ def import_gguf(
     name = str(dtype or "float32").removeprefix("torch.")
     storage = lookup(DTYPES, name, "dtype")
     file = GGUFFile.open(source)
+    file.check_numbers()
     file.check_rope()
     _check_dest(dest, source, overwrite)
     with quiet_transformers(), file.shared(), _new_folder(dest, file.n_parameters * storage.itemsize) as folder:

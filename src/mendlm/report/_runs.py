@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from mendlm.budgets import stored_frac
 from mendlm.errors import CheckpointError, UsageError
 from mendlm.evaluation.printed import Evaluation
-from mendlm.report.records import RUN_FILE, Manifest, TensorRecord, read_manifest
+from mendlm.report.records import RUN_FILE, Manifest, TensorRecord, parse_json, read_manifest
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 def _run_facts(folder: Path) -> Mapping[str, Any]:
     path = folder / RUN_FILE
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        parsed = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except OSError as err:

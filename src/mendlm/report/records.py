@@ -216,6 +216,15 @@ def summarize(rows: Iterable[tuple[bool, int, int, int, int]]) -> Totals:
     return Totals(len(table), sum(row[0] for row in table), *sums)
 
 
+def parse_json(text: str) -> Any:
+    """What the JSON document `text` says; a ValueError also for NaN and Infinity, which Python reads and JSON lacks."""
+    return json.loads(text, parse_constant=_no_constant)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"it has {name} where a number must be")
+
+
 def read_manifest(folder: str | Path) -> Manifest:
     """Read `mendlm.json` of a folder that mendlm wrote.
 
@@ -226,7 +235,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = (Path(folder) if isinstance(folder, str) else folder) / MANIFEST_FILE
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        parsed = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as err:
         raise UsageError(
             f"{str(folder)!r} holds no {MANIFEST_FILE}: give a folder that mendlm compress wrote."
