@@ -447,6 +447,16 @@ def test_wrong_targets(changes: dict[str, Any], message: str, tiny_llama: Path) 
         plan_budget(tiny_llama, HALF, **changes)
 
 
+def test_bytes_that_cannot_be_had_are_refused_before_anything_is_measured(tiny_llama: Path) -> None:
+    events: list[Any] = []
+    with pytest.raises(UsageError, match=r"target_bytes 0\.3 cannot be met: .* allow is 0\.\d+. Allow higher"):
+        plan_budget(tiny_llama, HALF, target_bytes=0.3, on_event=events.append)
+    assert not events
+    least = plan(tiny_llama, Recipe(pattern={"sparsity": 0.8}, rank=0)).totals.ratio
+    budget = plan_budget(tiny_llama, HALF, target_bytes=least)
+    assert budget.plan.totals.ratio == least
+
+
 def test_nothing_to_choose(tiny_llama: Path, text_file: Path) -> None:
     with pytest.raises(UsageError, match="leaves nothing to choose: refiner 'none' has no ranks"):
         plan_budget(tiny_llama, Recipe(refiner="none", pattern="2:4"), target_bytes=0.7)

@@ -24,7 +24,7 @@ from mendlm.errors import UsageError
 from mendlm.families import split_block
 from mendlm.measuring import ModelCurves, Patterns, Tell, measure_curves
 from mendlm.paths import check_parent, local_path
-from mendlm.patterns import Adjustable, Pattern
+from mendlm.patterns import Adjustable, Pattern, n_kept_total
 from mendlm.pipeline import open_model
 from mendlm.planning import CompressionPlan, make_plan
 from mendlm.refiners import PruneOnly
@@ -262,6 +262,7 @@ def plan_budget(
     checkpoint = open_model(model)
     base = make_plan(checkpoint, recipe)
     patterns = _patterns(base, target, sparsities)
+    _check_reachable(base, target, patterns)
     file = None if curves is None else local_path(curves)
     if file is not None:
         check_parent(file, f"curves {str(file)!r}")
@@ -305,6 +306,22 @@ def _patterns(base: CompressionPlan, target: Target, sparsities: Sequence[float]
             "stay as they are. Take a refiner with a low-rank part, or --target-bytes with an unstructured pattern."
         )
     return found
+
+
+def _check_reachable(base: CompressionPlan, target: Target, patterns: Patterns) -> None:
+    """Refuse a share of the bytes that not even the sparsest patterns without factors meet, before work of hours."""
+    if target.bytes_ratio is None:
+        return
+    least = base.totals.stored_bytes
+    for tensor in base.compressed:
+        sides = _sides(tensor)
+        kept = min(n_kept_total(pattern, *sides) for pattern in patterns[tensor.name])
+        least += packed_bytes(*sides, kept, 0, _itemsize(tensor)) - tensor.stored_bytes
+    if least > math.floor(target.bytes_ratio * base.totals.dense_bytes):
+        raise UsageError(
+            f"{target.name} {target.value:g} cannot be met: the least that the sparsities to choose from allow is "
+            f"{least / base.totals.dense_bytes:.4g}. Allow higher sparsities."
+        )
 
 
 @dataclass(frozen=True)
@@ -393,26 +410,13 @@ class _Choice:
                     f"choose from is {self._relative(reached):.4g}. Allow lower sparsities."
                 )
             return least_bytes(self._options, limit, alternatives)
-        limit_bytes = self._max_bytes()
-        least = sum(min(option.n_bytes for option in options) for options in self._options)
-        if least > limit_bytes:
-            raise UsageError(
-                f"{target.name} {target.value:g} cannot be met: the least that the ranks and sparsities to choose from "
-                f"allow is {self._ratio(least):.4g}. Allow higher sparsities."
-            )
-        return least_error(self._options, limit_bytes, alternatives)
+        return least_error(self._options, self._max_bytes(), alternatives)
 
     def _max_bytes(self) -> int:
         """The budget, in the bytes of the options."""
         if self._target.rank_ratio is not None:
             return math.floor(self._target.rank_ratio * self._dense)
         return math.floor(self._target.value * self._base.totals.dense_bytes) - self._fixed
-
-    def _ratio(self, n_bytes: int) -> float:
-        """The inverse of `_max_bytes`."""
-        if self._target.rank_ratio is not None:
-            return n_bytes / self._dense
-        return (n_bytes + self._fixed) / self._base.totals.dense_bytes
 
     def _uniform(self) -> dict[tuple[int, ...], tuple[Pattern | None, int]]:
         """Allocations with one pattern, or each tensor's own, and one rank (or the largest that there is) for all."""
