@@ -633,6 +633,9 @@ def test_another_refiner_leaves_the_old_ones_settings(tmp_path: Path) -> None:
     other = resolve_recipe(file, {"refiner": "zero-shot-svd"}, Zeros())
     assert (other.n_iter, other.solver, other.rank) == (None, None, 8)
     assert resolve_recipe(file, {"refiner": "none"}, Zeros()).refiner_for(8, 8).rank == 0
+    file.write_text("overrides:\n- {match: '*.mlp.*', rank: 3, sparsity: 0.4}\n- {match: '*.q_proj.*', rank: 3}\n")
+    none = resolve_recipe(file, {"refiner": "none"}, Zeros())
+    assert [override.to_dict() for override in none.overrides] == [{"match": "*.mlp.*", "sparsity": 0.4}]
 
 
 def test_another_criterion_is_that_of_every_tensor(tmp_path: Path) -> None:

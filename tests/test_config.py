@@ -103,6 +103,10 @@ def test_a_refiner_of_ones_own() -> None:
         ({"refiner": "trl"}, r"unknown refiner 'trl'\. Did you mean 'tlr'\?"),
         ({"refiner": 3}, r"refiner: .*got 3"),
         ({"refiner": "none", "rank": 4}, r"'none' has no low-rank part, got rank 4"),
+        (
+            {"refiner": "none", "overrides": [{"match": "*q_proj*", "rank": 4}]},
+            r"'none' has no low-rank part, got rank 4 for '\*q_proj\*'",
+        ),
         ({"n_iter": 0}, r"n_iter: .*greater than or equal to 1, got 0"),
         ({"n_iter": "7"}, r"n_iter: .*integer, got '7'"),
         ({"solver": "exat"}, r"solver of refiner 'tlr' must be one of .*'exact', got 'exat'"),

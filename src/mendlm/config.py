@@ -357,8 +357,15 @@ class Recipe(BaseModel):
     def _check_refiner(self) -> Self:
         if misplaced := {"rank", "n_iter", "solver"} & set(self.refiner_options):
             raise UsageError(f"{min(misplaced)!r} is a field of the recipe itself, not one of refiner_options.")
-        _check_options("refiner", self._refiner_class(), self._refiner_fields(), {"rank"})
+        kind = self._refiner_class()
+        _check_options("refiner", kind, self._refiner_fields(), {"rank"})
         self.refiner_for(1, 1)
+        for override in self.overrides:
+            if kind is PruneOnly and override.rank not in (None, 0, "0%"):
+                raise UsageError(
+                    f"refiner {kind.name!r} has no low-rank part, got rank {override.rank!r} for {override.match!r}. "
+                    "Leave rank out."
+                )
         return self
 
     @property

@@ -67,8 +67,8 @@ def put_over(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     """The `fields` of a resolved recipe with those that were `given` put over them.
 
     One that changes the refiner takes the old refiner's own settings (n_iter, solver, options) with it, and to or from
-    one without a low-rank part the rank; one that changes the criterion takes its options and its scope. A criterion or
-    a rank holds for every tensor: those of overrides go.
+    one without a low-rank part the ranks; one that changes the criterion takes its options and its scope. A criterion
+    or a rank holds for every tensor: those of overrides go.
     """
     kept = dict(fields)
     if given.get("criterion", kept["criterion"]) != kept["criterion"]:
@@ -82,6 +82,7 @@ def put_over(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
         dropped = {"n_iter", "solver", "refiner_options"}
         if PruneOnly.name in (given["refiner"], kept["refiner"]):
             dropped.add("rank")
+            kept = without_overrides(kept, "rank")
         if kept["metric"] != "auto" and kept["refiner"] == PruneOnly.name:
             dropped.add("metric")
         kept = {name: value for name, value in kept.items() if name not in dropped}
