@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import shutil
 import signal
@@ -15,16 +17,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mendlm.execution.local as local_module
 import mendlm.execution.tasks as tasks_module
 from conftest import TinyLlama
 from mendlm import TLR, AcceleratedTLR, PruneOnly, Recipe, ZeroShotSVD
 from mendlm.checkpoints.plan import PlannedTensor
 from mendlm.checkpoints.staging import has_partial
+from mendlm.criteria import CRITERIA
 from mendlm.devices import resolve_devices
 from mendlm.errors import NonFiniteError, UsageError, WorkerError
 from mendlm.execution import EXECUTORS, LocalExecutor, make_executor
 from mendlm.execution.tasks import Task, as_tasks, one_thread
 from mendlm.pipeline import Event, TensorDone, TensorStarted, compress, plan
+from mendlm.refiners import REFINERS
 from mendlm.verifying import verify
 
 RECIPE = Recipe(refiner=TLR(rank=4, n_iter=2))
@@ -195,6 +200,56 @@ def test_the_tensor_at_fault_in_a_task_is_named(
         with pytest.raises(NonFiniteError, match=rf"NaN.*\[{name} in"):
             compress(folder, tmp_path / f"out{n}", RECIPE, executor=executor)
     assert any(len(task) > 1 and name in {tensor.name for tensor in task} for task in stacked)
+
+
+OWN_METHODS = """
+from dataclasses import dataclass
+from mendlm.criteria import Magnitude
+from mendlm.refiners import ZeroShotSVD
+
+class Smallest(Magnitude):
+    name = "smallest"
+    def scores(self, W, inputs, generator):
+        return -W.abs()
+
+class Mine(ZeroShotSVD):
+    name = "mine"
+"""
+
+
+def test_methods_of_ones_own_are_known_to_the_workers(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_methods_of_a_test.py").write_text(OWN_METHODS)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_methods_of_a_test")
+    monkeypatch.setitem(CRITERIA, "smallest", own.Smallest)
+    monkeypatch.setitem(CRITERIA, "random", own.Smallest)  # in the place of mendlm's
+    monkeypatch.setitem(REFINERS, "mine", own.Mine)
+    recipe = Recipe(criterion="smallest", refiner="mine", rank=2, overrides=[{"match": "*.mlp.*", "criterion": "random"}])
+    for n in (1, 2):
+        compress(tiny_llama, tmp_path / str(n), recipe, workers=n)
+    assert (tmp_path / "2" / WEIGHTS).read_bytes() == (tmp_path / "1" / WEIGHTS).read_bytes()
+
+
+def test_methods_that_workers_cannot_import(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(ZeroShotSVD):
+        name = "mine"
+
+    recipe = Recipe(refiner=Mine(rank=2))
+    for executor in (LocalExecutor(workers=2), LocalExecutor(task_timeout=60.0)):
+        with pytest.raises(UsageError, match=r"refiner 'mine' is defined in the program .* Put its class into a module"):
+            compress(tiny_llama, tmp_path / "out", recipe, executor=executor)
+    assert not (tmp_path / "out").exists()
+    assert not has_partial(tmp_path / "out")
+    monkeypatch.setattr(local_module, "SMALL_ENTRIES", 0)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        compress(tiny_llama, tmp_path / "out", recipe)
+    finally:
+        torch.set_num_threads(n_threads)
+    assert json.loads((tmp_path / "out" / "mendlm.run.json").read_text())["n_workers"] == 1
 
 
 def test_wrong_settings(tiny_llama: Path, tmp_path: Path) -> None:

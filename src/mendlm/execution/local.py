@@ -31,6 +31,7 @@ from mendlm.errors import UsageError
 from mendlm.execution._base import AbstractExecutor, Pool, Started, Tries, check_settings
 from mendlm.execution._worker import END
 from mendlm.execution.tasks import Answer, Compressed, Job, Task, compress_task, compressed, memory_bytes, one_thread
+from mendlm.refiners import AbstractRefiner
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ class LocalExecutor(AbstractExecutor):
     Parameters
     ----------
     workers : how many. By default one for each CUDA device; on the CPU one for each thread that torch would take
-        (OMP_NUM_THREADS or the cores) while memory lasts, and for little work none beside this process.
+        (OMP_NUM_THREADS or the cores) while memory lasts; for little work, and for a method that they could not import,
+        none beside this process.
     task_timeout : seconds for a tensor, after which its worker is ended and the tensor done again; None waits for ever.
     """
 
@@ -72,8 +74,18 @@ class LocalExecutor(AbstractExecutor):
 
     @contextlib.contextmanager
     def open(self, job: Job, tasks: Sequence[Task]) -> Iterator[Pool]:
-        """Workers for a job; with one, and no limit of time, this process does the work."""
+        """Workers for a job; with one, and no limit of time, this process does the work.
+
+        Raises
+        ------
+        UsageError : they cannot import a method of the recipe.
+        """
         n_workers = self._n_workers(job, tasks)
+        if (n_workers > 1 or self.task_timeout is not None) and (stuck := _only_here(job)):
+            raise UsageError(
+                f"{stuck} is defined in the program that was started, where worker processes cannot import it. Put its "
+                "class into a module, or take 1 worker, 1 device and no task timeout."
+            )
         if n_workers == 1 and self.task_timeout is None:
             with one_thread():
                 yield _Here(job)
@@ -86,6 +98,8 @@ class LocalExecutor(AbstractExecutor):
             return min(self.workers, len(tasks))
         if job.devices[0].type != "cpu":
             return min(len(job.devices), len(tasks))
+        if _only_here(job):
+            return 1
         if sum(prod(tensor.shape) for task in tasks for tensor in task) < SMALL_ENTRIES:
             return 1
         largest = max(memory_bytes(task, job.recipe) for task in tasks)
@@ -94,6 +108,16 @@ class LocalExecutor(AbstractExecutor):
         if room < n_threads:
             logger.info("memory for %d workers of %d bytes, where %d could work", max(room, 1), largest, n_threads)
         return max(1, min(room, n_threads))
+
+
+def _only_here(job: Job) -> str:
+    """A method of the recipe, with its name, that no other process can import; "" if there is none."""
+    stuck = (
+        f"{'refiner' if issubclass(kind, AbstractRefiner) else 'criterion'} {name!r}"
+        for name, kind in job.methods
+        if kind.__module__ == "__main__" or "<locals>" in kind.__qualname__
+    )
+    return next(stuck, "")
 
 
 class _Here(Pool):

@@ -24,11 +24,12 @@ from mendlm._memory import peak_memory_bytes, trim
 from mendlm.checkpoints.header import read_header
 from mendlm.checkpoints.plan import PlannedTensor
 from mendlm.checkpoints.reader import Shard, as_bytes, read_weight
+from mendlm.criteria import CRITERIA, AbstractCriterion
 from mendlm.errors import CheckpointError, MendError, located
 from mendlm.execution.tensor import compress_stack, compress_tensor
 from mendlm.inputs import InputStats
 from mendlm.linalg import OVERSAMPLING
-from mendlm.refiners import StackRefiner
+from mendlm.refiners import REFINERS, AbstractRefiner, StackRefiner
 from mendlm.report.records import TensorRecord
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 N_THREADS = 1  # of the CPU, for each tensor
 
 Task = tuple[PlannedTensor, ...]
+Method = type[AbstractCriterion] | type[AbstractRefiner]
 
 # On CUDA matrices of one shape are refined together, as a launch costs more than what it computes: 11.6 times faster
 # for 576 x 1536, 2.2 for 2048 x 2048, less for larger ones (docs/scaling.md). On a CPU it is slower than one after the
@@ -85,11 +87,25 @@ class Job:
     recipe : how.
     shards : the files of the input by name, with absolute paths.
     devices : where to compute; workers are dealt to them in turn.
+    methods : names and classes of the recipe's criteria and refiner that are not mendlm's, which another process does
+        not know by their names.
     """
 
     recipe: Recipe
     shards: Mapping[str, Shard] = field(repr=False)
     devices: tuple[torch.device, ...]
+    methods: tuple[tuple[str, Method], ...] = ()
+
+
+def own_methods(recipe: Recipe) -> tuple[tuple[str, Method], ...]:
+    """Names and classes of the criteria and the refiner of a recipe that are not mendlm's."""
+    names = {recipe.criterion, *(o.criterion for o in recipe.overrides if o.criterion is not None)}
+    methods: list[tuple[str, Method]] = [(name, CRITERIA[name]) for name in sorted(names)]
+    if isinstance(recipe.refiner, str):
+        methods.append((recipe.refiner, REFINERS[recipe.refiner]))
+    else:
+        methods.append((recipe.refiner.name, type(recipe.refiner)))
+    return tuple((name, kind) for name, kind in methods if kind.__module__.partition(".")[0] != "mendlm")
 
 
 def place(task: Task) -> str:
@@ -188,6 +204,11 @@ def failure(err: Exception) -> Answer:
 def answer(job: Job, task: Task, device: torch.device) -> Answer:
     """Compress the tensors of a task in a worker, with one thread; errors are part of the answer."""
     try:
+        for name, kind in job.methods:
+            if issubclass(kind, AbstractRefiner):
+                REFINERS[name] = kind
+            else:
+                CRITERIA[name] = kind
         with one_thread():
             for name in {tensor.shard for tensor in task}:
                 _check_shard(job.shards[name].path, job.shards[name].header.sha256)

@@ -12,7 +12,7 @@ import torch
 from mendlm.checkpoints.writer import SYNC_SECONDS, ShardWriter
 from mendlm.execution._base import AbstractExecutor
 from mendlm.execution.run import Run
-from mendlm.execution.tasks import N_THREADS, Job, Task, as_tasks
+from mendlm.execution.tasks import N_THREADS, Job, Task, as_tasks, own_methods
 
 
 class TensorRun(Run):
@@ -72,4 +72,4 @@ class TensorRun(Run):
 
     def _job(self) -> Job:
         shards = {shard.name: replace(shard, path=shard.path.absolute()) for shard in self.shards}
-        return Job(self.plan.recipe, shards, self._devices)
+        return Job(self.plan.recipe, shards, self._devices, own_methods(self.plan.recipe))
