@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,7 @@ def test_defaults() -> None:
         ({"n": 1, "m": 8}, NM(1, 8)),
         ({"sparsity": 0.25, "scope": "row"}, Unstructured(0.25, "row")),
         ({"sparsity": 1}, Unstructured(1.0)),
+        ({"sparsity": np.float32(0.5), "scope": "row"}, Unstructured(0.5, "row")),
         (NM(2, 4), NM(2, 4)),
     ],
 )

@@ -226,7 +226,9 @@ def test_methods_of_ones_own_are_known_to_the_workers(
     monkeypatch.setitem(CRITERIA, "smallest", own.Smallest)
     monkeypatch.setitem(CRITERIA, "random", own.Smallest)  # in the place of mendlm's
     monkeypatch.setitem(REFINERS, "mine", own.Mine)
-    recipe = Recipe(criterion="smallest", refiner="mine", rank=2, overrides=[{"match": "*.mlp.*", "criterion": "random"}])
+    recipe = Recipe(
+        criterion="smallest", refiner="mine", rank=2, overrides=[{"match": "*.mlp.*", "criterion": "random"}]
+    )
     for n in (1, 2):
         compress(tiny_llama, tmp_path / str(n), recipe, workers=n)
     assert (tmp_path / "2" / WEIGHTS).read_bytes() == (tmp_path / "1" / WEIGHTS).read_bytes()
@@ -238,7 +240,9 @@ def test_methods_that_workers_cannot_import(tiny_llama: Path, tmp_path: Path, mo
 
     recipe = Recipe(refiner=Mine(rank=2))
     for executor in (LocalExecutor(workers=2), LocalExecutor(task_timeout=60.0)):
-        with pytest.raises(UsageError, match=r"refiner 'mine' is defined in the program .* Put its class into a module"):
+        with pytest.raises(
+            UsageError, match=r"refiner 'mine' is defined in the program .* Put its class into a module"
+        ):
             compress(tiny_llama, tmp_path / "out", recipe, executor=executor)
     assert not (tmp_path / "out").exists()
     assert not has_partial(tmp_path / "out")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,6 +158,27 @@ def test_sparsity_outside_the_unit_interval_is_refused(sparsity: float) -> None:
         Unstructured(sparsity)
     with pytest.raises(UsageError, match=r"sparsity must be in \[0, 1\], got"):
         Tiles(sparsity)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, torch.tensor, Fraction])
+def test_numbers_of_other_libraries_are_those_of_python(kind: Any) -> None:
+    assert type(Unstructured(kind(0.5)).sparsity) is type(Tiles(kind(0.5)).sparsity) is float
+    assert NM(np.int64(2), torch.tensor(4)) == NM(2, 4)  # type: ignore[arg-type]
+    assert all(type(side) is int for side in dataclasses.astuple(NM(np.int32(2), np.int32(4))))  # type: ignore[arg-type]
+    assert Tiles(0.5, np.int64(2), 3).unit == (2, 3)  # type: ignore[arg-type]
+    # In 32 bits a product of seven digits rounds to another whole number.
+    assert Unstructured(np.float32(0.7)).n_kept(45_088_768) == 45_088_768 - round(float(np.float32(0.7)) * 45_088_768)
+
+
+def test_patterns_of_no_numbers_are_refused() -> None:
+    for value in ("0.5", True, None, [0.5]):
+        with pytest.raises(UsageError, match=r"sparsity must be a number in \[0, 1\], got"):
+            Unstructured(value)  # type: ignore[arg-type]
+    for n, m in ((2.0, 4), ("2", 4), (2, None), (True, 4)):
+        with pytest.raises(UsageError, match=r"[nm] must be a whole number, got"):
+            NM(n, m)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"cols must be a whole number, got 2\.0"):
+        Tiles(0.5, 2, 2.0)  # type: ignore[arg-type]
 
 
 def test_bad_patterns_are_refused() -> None:

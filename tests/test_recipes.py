@@ -9,7 +9,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +22,8 @@ from mendlm.criteria.sparsegpt import SparseGPT
 from mendlm.errors import UsageError
 from mendlm.patterns import NM, Pattern, Unstructured
 from mendlm.recipe_errors import RecipeError, field_name
-from mendlm.recipe_files import builtin_recipes, load_recipe, recipe_headline
+from mendlm.recipe_files import builtin_recipes, load_recipe, recipe_headline, recipe_text
+from mendlm.refiners import PCP
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT_IN = builtin_recipes()
@@ -343,6 +346,14 @@ def test_oats_has_the_ranks_of_its_rates(name: str, d_out: int, d_in: int) -> No
     assert recipe.pattern.sparsity == 1 - (1 - ratio) * (1 - rate)
     rank = resolve_rank(recipe.rank_for(f"model.layers.3.{name}.weight"), d_out, d_in)
     assert rank == int(ratio * (1 - rate) * d_out * d_in / (d_out + d_in))
+
+
+def test_numbers_of_numpy_are_written_as_any_other() -> None:
+    recipe = Recipe(
+        pattern=Unstructured(np.float64(0.5)), refiner=PCP(rank=np.int64(2), tol=np.float64(1e-3)), rank=np.int32(3)
+    )
+    assert Recipe(**yaml.safe_load(recipe_text(recipe))) == recipe
+    assert Recipe(**json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
 def test_a_file_wins_over_a_built_in_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

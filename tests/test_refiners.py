@@ -294,6 +294,15 @@ def test_ranks_out_of_range_are_refused(rank: int) -> None:
             refine(W, mask, refiner)
 
 
+def test_a_rank_is_a_whole_number_of_any_library() -> None:
+    W = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(W, dtype=torch.bool)
+    assert refine(W, mask, TLR(rank=np.int64(3))).A.shape == (3, 24)  # type: ignore[arg-type]
+    for rank in (2.0, "5%", None, True):
+        with pytest.raises(UsageError, match=r"rank must be a whole number, got .* A percentage is for a Recipe"):
+            refine(W, mask, TLR(rank=rank))  # type: ignore[arg-type]
+
+
 def test_bad_hyperparameters_are_refused() -> None:
     with pytest.raises(UsageError, match="n_iter must be at least 1, got 0"):
         TLR(rank=4, n_iter=0)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable
 from fractions import Fraction
 from math import prod
+from typing import Any
 
 from mendlm.errors import UsageError
 
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 _INTEGER = re.compile(r"\s*(\d+)\s*")
+
+
+def as_whole(value: Any) -> int | None:
+    """A whole number of any library, such as NumPy's, as an int; None for anything else, True and False included."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def parse_rank(rank: object) -> int | str:
@@ -20,8 +30,9 @@ def parse_rank(rank: object) -> int | str:
     ------
     UsageError : neither a whole number >= 0 nor a percentage in [0, 100].
     """
-    if isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0:
-        return rank
+    whole = as_whole(rank)
+    if whole is not None and whole >= 0:
+        return whole
     if isinstance(rank, str):
         if match := _INTEGER.fullmatch(rank):
             return int(match[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import reprlib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -47,13 +46,9 @@ def parse_pattern(value: object) -> Pattern:
         if keys == {"n", "m"} and all(type(v) is int for v in value.values()):
             return NM(value["n"], value["m"])
         if "sparsity" in keys and (keys <= {"sparsity", "scope"} or keys == {"sparsity", "tile"}):
-            sparsity = value["sparsity"]
-            # A whole number of hundreds of digits, which is no float, is out of range as any other.
-            if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or abs(sparsity) > 10**9:
-                raise UsageError(f"sparsity must be a number in [0, 1], got {reprlib.repr(sparsity)}.")
             if "tile" in keys:
-                return Tiles(float(sparsity), *_parse_tile(value["tile"]))
-            return Unstructured(float(sparsity), value.get("scope", "tensor"))
+                return Tiles(value["sparsity"], *_parse_tile(value["tile"]))
+            return Unstructured(value["sparsity"], value.get("scope", "tensor"))
     raise UsageError(
         "pattern must be 'n:m' such as '2:4', {n: 2, m: 4}, {sparsity: 0.5, scope: tensor} or "
         f"{{sparsity: 0.5, tile: 16x16}}, got {value!r}."

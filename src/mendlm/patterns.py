@@ -14,9 +14,11 @@ and `mendlm.masks`, the planner and SparseGPT work with any class that has these
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from mendlm.budgets import as_whole
 from mendlm.errors import UsageError
 
 Scope = Literal["tensor", "row"]
@@ -35,7 +37,7 @@ class Unstructured:
 
     Raises
     ------
-    UsageError : sparsity outside [0, 1], or an unknown scope.
+    UsageError : sparsity that is no number in [0, 1], or an unknown scope.
     """
 
     sparsity: float
@@ -45,7 +47,7 @@ class Unstructured:
     atom: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        _check_sparsity(self.sparsity)
+        object.__setattr__(self, "sparsity", _sparsity(self.sparsity))
         if self.scope not in ("tensor", "row"):
             raise UsageError(f"scope must be 'tensor' or 'row', got {self.scope!r}.")
 
@@ -74,7 +76,7 @@ class NM:
 
     Raises
     ------
-    UsageError : not 0 <= n < m.
+    UsageError : not whole numbers with 0 <= n < m.
     """
 
     n: int
@@ -83,6 +85,8 @@ class NM:
     unit: ClassVar[tuple[int, int]] = SINGLE
 
     def __post_init__(self) -> None:
+        for name in ("n", "m"):
+            object.__setattr__(self, name, _whole_number(getattr(self, name), name))
         if not 0 <= self.n < self.m:
             raise UsageError(f"pattern n:m keeps n of m entries and needs 0 <= n < m, got {self.n}:{self.m}.")
 
@@ -131,7 +135,7 @@ class Tiles:
 
     Raises
     ------
-    UsageError : sparsity outside [0, 1], or a side below 1.
+    UsageError : sparsity that is no number in [0, 1], or a side that is no whole number from 1.
     """
 
     sparsity: float
@@ -140,7 +144,9 @@ class Tiles:
     name: ClassVar[str] = "tiles"
 
     def __post_init__(self) -> None:
-        _check_sparsity(self.sparsity)
+        object.__setattr__(self, "sparsity", _sparsity(self.sparsity))
+        for name in ("rows", "cols"):
+            object.__setattr__(self, name, _whole_number(getattr(self, name), name))
         if self.rows < 1 or self.cols < 1:
             raise UsageError(f"the sides of a tile must be at least 1, got {self.rows}x{self.cols}.")
 
@@ -196,6 +202,21 @@ def n_kept_total(pattern: Pattern, d_out: int, d_in: int) -> int:
     return n_groups * pattern.n_kept(size) * rows * cols
 
 
-def _check_sparsity(sparsity: float) -> None:
+def _whole_number(value: object, what: str) -> int:
+    whole = as_whole(value)
+    if whole is None:
+        raise UsageError(f"{what} must be a whole number, got {value!r}.")
+    return whole
+
+
+def _sparsity(value: object) -> float:
+    """A number of any library as a float: one of 32 bits would round counts, and has no place in a recipe file."""
+    try:
+        if isinstance(value, bool | str):
+            raise TypeError
+        sparsity = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"sparsity must be a number in [0, 1], got {reprlib.repr(value)}.") from None
     if not 0.0 <= sparsity <= 1.0:
         raise UsageError(f"sparsity must be in [0, 1], got {sparsity!r}. 0.5 means half of the entries are zero.")
+    return sparsity

@@ -137,7 +137,8 @@ def recipe_text(recipe: Recipe, headline: str = "") -> str:
 
 def _flow(value: Mapping[str, Any]) -> str:
     """A mapping on one line of YAML."""
-    dumped: str = yaml.safe_dump(value, default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True)
+    plain = json.loads(json.dumps(value))  # YAML has no word for a number of NumPy
+    dumped: str = yaml.safe_dump(plain, default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True)
     return dumped.strip()
 
 

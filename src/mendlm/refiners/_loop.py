@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mendlm.budgets import as_whole
 from mendlm.decomposition import SparseLowRank
 from mendlm.errors import NonFiniteError, UsageError
 from mendlm.inputs import InputStats
@@ -389,6 +390,8 @@ def _validate(W: Tensor, mask: Tensor, rank: int) -> None:
 
 def check_rank(rank: int, d_out: int, d_in: int) -> None:
     """Raise `UsageError` unless 0 <= rank <= min(d_out, d_in)."""
+    if as_whole(rank) is None:
+        raise UsageError(f"rank must be a whole number, got {rank!r}. A percentage is for a Recipe.")
     largest = min(d_out, d_in)
     if not 0 <= rank <= largest:
         dense_rank = d_out * d_in // (d_out + d_in) if d_out + d_in else 0
