@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -427,6 +428,11 @@ def test_calibrated_compression(tiny_llama: Path, tmp_path: Path, capsys: pytest
         (["--executor", "dask"], "unknown executor 'dask'"),
         (["--device", "tpu"], "device 'tpu'"),
         (["--calibration", "nofile.txt"], "unknown calibration source 'nofile.txt'"),
+        (["--overwrite", "--resume"], "overwrite starts anew and resume continues"),
+        (
+            ["--calibration", "self", "--criterion", "wanda", "--workers", "2"],
+            "workers 2 is for work without calibration",
+        ),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would(
@@ -434,6 +440,23 @@ def test_a_dry_run_refuses_what_the_run_would(
 ) -> None:
     assert main(["compress", str(tiny_llama), str(tmp_path / "out"), "--dry-run", *flags]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_dry_run_looks_at_the_place_of_out(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for out, sentence in (
+        (file, "is a file. Give the name of a folder"),
+        (tiny_llama / "out", "is MODEL or lies inside it"),
+        (tiny_llama.parent, "holds MODEL"),
+        (tmp_path, "so it is not a checkpoint"),
+    ):
+        assert main(["compress", str(tiny_llama), str(out), "--dry-run"]) == 2
+        assert sentence in capsys.readouterr().err
+    shutil.copytree(tiny_llama, tmp_path / "out")
+    assert main(["compress", str(tiny_llama), str(tmp_path / "out"), "--dry-run"]) == 0  # it may exist
 
 
 @pytest.mark.parametrize(

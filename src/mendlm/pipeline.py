@@ -184,17 +184,11 @@ def compress(
         result, place = deliver(str(out), here, there, overwrite=overwrite, resume=resume)
         return replace(result, out=place, seconds=time.monotonic() - started)
     spread = _executor(executor, workers=workers, ray_address=ray_address)
-    devices = spread.devices(device)
+    opened = _open(model, out, recipe, spread, device, overwrite=overwrite, resume=resume)
+    checkpoint, planned, target, devices = opened
     where = devices[0]
-    if overwrite and resume:
-        raise UsageError("overwrite starts anew and resume continues: pass one of them.")
-    checkpoint = open_model(model)
-    planned = make_plan(checkpoint, recipe)
-    target = check_target(out, checkpoint.folder)
     if resume and is_filled(target) and not has_partial(target):
         return _finished(target, checkpoint, recipe, started)
-    if _walks(recipe):
-        _check_one_worker(spread, devices)
     prepared = prepare_calibration(checkpoint, planned, where, activation_dir)
     if prepared is not None and recipe.layer_sparsity is not None:
         planned = make_plan(checkpoint, recipe, _survey(prepared, checkpoint, planned, on_event))
@@ -211,6 +205,51 @@ def compress(
         run = BlockRun(*work, model=prepared.model, text=prepared.text)
     records = _carry_out(checkpoint, run, started)
     return CompressionResult(target, records, planned.totals, time.monotonic() - started, run.n_resumed)
+
+
+def rehearse(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    device: str,
+    executor: AbstractExecutor,
+    overwrite: bool,
+    resume: bool,
+) -> CompressionPlan:
+    """`plan`, with what `compress` of these arguments would refuse before any work; whether OUT exists does not matter.
+
+    Raises
+    ------
+    UsageError, CheckpointError : as `compress`.
+    """
+    return _open(model, out, recipe, executor, device, overwrite=overwrite, resume=resume)[1]
+
+
+def _open(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    executor: AbstractExecutor,
+    device: str,
+    *,
+    overwrite: bool,
+    resume: bool,
+) -> tuple[Checkpoint, CompressionPlan, Path, tuple[torch.device, ...]]:
+    """MODEL, what to do with it, where it goes and where it is done; every check that needs no weights."""
+    devices = executor.devices(device)
+    if overwrite and resume:
+        raise UsageError("overwrite starts anew and resume continues: pass one of them.")
+    checkpoint = open_model(model)
+    planned = make_plan(checkpoint, recipe)
+    if is_url(out):
+        check_url(str(out), model)
+        target = open_place(out)
+    else:
+        target = check_target(out, checkpoint.folder)
+    if _walks(recipe):
+        _check_one_worker(executor, devices)
+    return checkpoint, planned, target, devices
 
 
 def prepare_calibration(

@@ -123,14 +123,13 @@ def compress(
         chosen = recipe_of(ctx.params)
         spread = make_executor(executor, workers=workers, task_timeout=task_timeout, ray_address=ray_address)
         if dry_run:
-            from mendlm.pipeline import plan
+            from mendlm.pipeline import rehearse
 
-            spread.devices(device)
             if chosen.calibration is not None:
                 from mendlm.calibration.windows import check_source
 
                 check_source(chosen.calibration.source)
-            planned = plan(model, chosen)
+            planned = rehearse(model, out, chosen, device=device, executor=spread, overwrite=overwrite, resume=resume)
         else:
             how = "--resume in place of --overwrite" if overwrite else "--resume"
             ctx.find_root().obj.interrupt_hint = (
