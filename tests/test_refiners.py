@@ -15,9 +15,10 @@ import oracle
 from mendlm import NM, TLR, AcceleratedTLR, PruneOnly, Unstructured, ZeroShotSVD, refine, select_mask
 from mendlm.criteria import CRITERIA
 from mendlm.errors import NonFiniteError, UsageError
+from mendlm.inputs import InputStats
 from mendlm.metrics import Metric, diagonal_metric
 from mendlm.patterns import Pattern
-from mendlm.refiners import REFINERS, AbstractRefiner, refine_stack
+from mendlm.refiners import REFINERS, AbstractRefiner, SLiMLoRA, refine_stack
 from strategies import matrices, patterns_for, stats_for
 
 EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
@@ -326,9 +327,36 @@ def test_bad_input_is_refused() -> None:
     scale[5] = math.nan
     with pytest.raises(NonFiniteError, match="input_scale holds NaN"):
         refine(W, mask, TLR(2), input_scale=scale)
+    with pytest.raises(NonFiniteError, match=r"start of shape \(8, 8\) holds NaN"):
+        refine(W, mask, TLR(2), start=W * math.nan)
     W[0, 0] = math.inf
     with pytest.raises(NonFiniteError, match="holds NaN or infinity"):
         refine(W, mask, TLR(2))
+
+
+def test_dtypes_that_are_not_computed_in_are_refused() -> None:
+    W = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(W, dtype=torch.bool)
+    with pytest.raises(UsageError, match=r"W must be .* or torch\.bfloat16, got torch\.float8_e4m3fn"):
+        refine(W.to(torch.float8_e4m3fn), mask, TLR(2))
+    for dtype in (torch.float16, torch.bfloat16, torch.int32):
+        with pytest.raises(UsageError, match=r"compute in, must be torch\.float32 or torch\.float64, got torch\."):
+            refine(W, mask, TLR(2), dtype=dtype)
+    with pytest.raises(UsageError, match=r"storage_dtype must be .*, got torch\.int8"):
+        refine(W, mask, TLR(2), storage_dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    "change", [{"gram": torch.eye(7)}, {"mean": torch.ones(7)}, {"mean_abs": torch.ones(9)}], ids=str
+)
+def test_statistics_of_other_inputs_are_refused(change: dict[str, torch.Tensor]) -> None:
+    W = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    stats = InputStats(4, torch.ones(8), **change)
+    (name,) = change
+    with pytest.raises(UsageError, match=rf"the statistics are of other inputs: {name} has shape \([79]"):
+        select_mask(W, "sparsegpt" if name == "gram" else "wanda", NM(2, 4), inputs=stats)
+    with pytest.raises(UsageError, match=rf"the statistics are of other inputs: {name} has shape \([79]"):
+        refine(W, W != 0, SLiMLoRA(2), input_scale=torch.ones(8), inputs=stats)
 
 
 def test_overflow_is_reported_with_the_iteration() -> None:

@@ -124,10 +124,23 @@ def check_stats(W: Tensor, inputs: InputStats | None, needs: Literal["weights", 
         return
     if inputs is None:
         raise _missing(needs)
-    if inputs.second_moment.shape != (W.shape[1],):
-        raise UsageError(f"the statistics are of {inputs.d_in} inputs, W of shape {tuple(W.shape)} has {W.shape[1]}.")
+    check_sizes(W, inputs)
     if needs == "gram" and inputs.gram is None:
         raise _missing(needs)
+
+
+def check_sizes(W: Tensor, inputs: InputStats) -> None:
+    """Raise `UsageError` unless all that `inputs` hold is of the inputs of `W` (d_out, d_in)."""
+    d_in = W.shape[1]
+    if inputs.second_moment.shape != (d_in,):
+        raise UsageError(f"the statistics are of {inputs.d_in} inputs, W of shape {tuple(W.shape)} has {d_in}.")
+    for name, shape in (("gram", (d_in, d_in)), ("mean", (d_in,)), ("mean_abs", (d_in,))):
+        values = getattr(inputs, name)
+        if values is not None and values.shape != shape:
+            raise UsageError(
+                f"the statistics are of other inputs: {name} has shape {tuple(values.shape)}, W of shape "
+                f"{tuple(W.shape)} needs {shape}."
+            )
 
 
 def _missing(needs: str) -> UsageError:

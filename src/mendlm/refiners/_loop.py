@@ -13,8 +13,8 @@ from torch import Tensor
 from mendlm.budgets import as_whole
 from mendlm.decomposition import SparseLowRank
 from mendlm.errors import NonFiniteError, UsageError
-from mendlm.inputs import InputStats
-from mendlm.linalg import all_finite, compute_dtype, frobenius
+from mendlm.inputs import InputStats, check_sizes
+from mendlm.linalg import WEIGHT_DTYPES, all_finite, compute_dtype, frobenius
 from mendlm.masks import row_blocks, zero_
 from mendlm.metrics import GramMetric, Metric, MetricName, diagonal_metric, gram_metric, ratio
 from mendlm.patterns import Pattern
@@ -126,18 +126,20 @@ def refine(
     _validate(W, mask, refiner.rank)
     W = W.detach()  # a parameter counts as its values
     compute = compute_dtype(W.dtype, dtype)
+    storage = W.dtype if storage_dtype is None else storage_dtype
+    _check_dtypes(W.dtype, compute, storage)
     if generator is None:
         generator = torch.Generator(device=W.device).manual_seed(0)
     measure = _metric(W, refiner, input_scale, gram, metric, compute)
     dense = W.to(compute)
     first = None if start is None else _checked_start(start, W, mask).to(compute)
-    if inputs is not None and inputs.d_in != W.shape[1]:
-        raise UsageError(f"the statistics are of {inputs.d_in} inputs, W of shape {tuple(W.shape)} has {W.shape[1]}.")
+    if inputs is not None:
+        check_sizes(W, inputs)
     scaled_first = None if first is None else measure.scaled(first)
     problem = Problem(measure.scaled(dense), mask, generator, measure, scaled_first, pattern, inputs)
     found = _iterated(problem, refiner)
     del problem, scaled_first
-    return _completed(dense, measure, refiner, found, W.dtype if storage_dtype is None else storage_dtype)
+    return _completed(dense, measure, refiner, found, storage)
 
 
 @torch.no_grad()
@@ -172,9 +174,10 @@ def refine_stack(
         _validate(W, mask, refiner.rank)
     first = weights[0]
     compute = compute_dtype(first.dtype, dtype)
+    storage = first.dtype if storage_dtype is None else storage_dtype
+    _check_dtypes(first.dtype, compute, storage)
     dense = torch.stack([W.to(compute) for W in weights])
     problem = Problem(dense, torch.stack(list(masks)), tuple(generators))
-    storage = first.dtype if storage_dtype is None else storage_dtype
     found = _iterated_stack(problem, refiner)
     return [_completed(W, problem.metric, refiner, one, storage) for W, one in zip(dense, found, strict=True)]
 
@@ -365,6 +368,8 @@ def _metric(
 
 
 def _checked_start(start: Tensor, W: Tensor, mask: Tensor) -> Tensor:
+    if not all_finite(start):
+        raise NonFiniteError(f"start of shape {tuple(start.shape)} holds NaN or infinity.")
     if start.shape != W.shape or start.device != W.device or bool((start * ~mask).any()):
         raise UsageError(
             f"start must be of shape {tuple(W.shape)} on {W.device} and zero off the mask, got shape "
@@ -386,6 +391,16 @@ def _validate(W: Tensor, mask: Tensor, rank: int) -> None:
         raise NonFiniteError(
             f"W of shape {tuple(W.shape)} holds NaN or infinity. Repair or re-download the checkpoint."
         )
+
+
+def _check_dtypes(weight: torch.dtype, compute: torch.dtype, storage: torch.dtype) -> None:
+    for what, dtype, known in (
+        ("W", weight, WEIGHT_DTYPES),
+        ("dtype, to compute in,", compute, (torch.float32, torch.float64)),
+        ("storage_dtype", storage, WEIGHT_DTYPES),
+    ):
+        if dtype not in known:
+            raise UsageError(f"{what} must be {' or '.join(map(str, known))}, got {dtype}.")
 
 
 def check_rank(rank: int, d_out: int, d_in: int) -> None:
