@@ -292,6 +292,33 @@ def test_index_that_leaves_the_folder(sharded: Path, tmp_path: Path, name: str) 
     refused(sharded, tmp_path, CheckpointError, message)
 
 
+def rename_a_shard(folder: Path, name: str) -> str:
+    """Give a shard with a projection another name, in the index too; the old one."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    old = str(index["weight_map"]["model.layers.0.mlp.up_proj.weight"])
+    (folder / name).unlink(missing_ok=True)
+    (folder / old).rename(folder / name)
+
+    def change(index: dict[str, Any]) -> None:
+        index["weight_map"] = {key: name if value == old else value for key, value in index["weight_map"].items()}
+
+    edit(folder / "model.safetensors.index.json", change)
+    return old
+
+
+def test_shards_with_names_of_any_kind_are_not_copied_over_the_result(sharded: Path, tmp_path: Path) -> None:
+    compress(sharded, tmp_path / "plain", Recipe(rank=2))
+    old = rename_a_shard(sharded, "weights.dat")
+    compress(sharded, tmp_path / "out", Recipe(rank=2))
+    assert (tmp_path / "out" / "weights.dat").read_bytes() == (tmp_path / "plain" / old).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["mendlm.json", "mendlm.run.json", "adapter_config.json"])
+def test_shards_with_names_of_other_files(sharded: Path, tmp_path: Path, name: str) -> None:
+    rename_a_shard(sharded, name)
+    refused(sharded, tmp_path, CheckpointError, rf"into '{name}', which is the name of another file\. Give the shard")
+
+
 @pytest.mark.parametrize("weight_map", [None, [], {}, {"a": 3}])
 def test_index_without_a_map(sharded: Path, tmp_path: Path, weight_map: object) -> None:
     edit(sharded / "model.safetensors.index.json", lambda i: i.update(weight_map=weight_map))

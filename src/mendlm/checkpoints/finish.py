@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mendlm.checkpoints.reader import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint, inside, read_errors
+from mendlm.checkpoints.reader import CONFIG_FILE, INDEX_FILE, OWN_FILES, SINGLE_FILE, Checkpoint, inside, read_errors
 from mendlm.checkpoints.writer import ShardLayout
 
 # Weights in other forms, code, and what mendlm writes itself.
@@ -22,10 +22,7 @@ _LEFT_OUT_SUFFIXES = (
     *(".h5", ".msgpack", ".npz", ".npy", ".tflite", ".ot", ".index.json", ".py", ".pyc"),
 )
 # transformers would take an adapter's config for the folder's own, and load the model that it names instead.
-_LEFT_OUT = {
-    *(CONFIG_FILE, INDEX_FILE, SINGLE_FILE, "adapter_config.json"),
-    *("mendlm.json", "mendlm.run.json", "mendlm.export.json"),
-}
+_LEFT_OUT = {*OWN_FILES, SINGLE_FILE}
 
 
 def is_left_out(name: str) -> bool:
@@ -36,17 +33,19 @@ def is_left_out(name: str) -> bool:
 def side_files(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Names of the files that are copied: tokenizer, generation config, chat template, licence and the like.
 
-    Weights in other forms, code, hidden files and subfolders stay out.
+    Weights, whatever the index calls their files, code, hidden files and subfolders stay out.
 
     Raises
     ------
     CheckpointError : one of them is a link that leads out of the folder.
     """
+    shards = {shard.name for shard in checkpoint.shards}
     with read_errors(checkpoint.folder):
         names = sorted(
             path.name
             for path in checkpoint.folder.iterdir()
             if path.is_file() and not path.name.startswith(".") and not is_left_out(path.name)
+            if path.name not in shards
         )
     for name in names:
         inside(checkpoint.folder, name)

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+# Names that no shard may have, whatever an index says: what is written there would take its place.
+OWN_FILES = frozenset(
+    {CONFIG_FILE, INDEX_FILE, "adapter_config.json", "mendlm.json", "mendlm.run.json", "mendlm.export.json"}
+)
 CHUNK_BYTES = 8 * 2**20
 MAX_JSON_BYTES = MAX_HEADER_BYTES  # config, index: an index names the tensors that the headers name
 
@@ -312,7 +316,7 @@ def check_weight_map(index: Mapping[str, Any]) -> dict[str, str]:
 
     Raises
     ------
-    CheckpointError : there is no such map, or a file name is not a plain one.
+    CheckpointError : there is no such map, or a file name is not a plain one or that of another file.
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
@@ -323,6 +327,11 @@ def check_weight_map(index: Mapping[str, Any]) -> dict[str, str]:
                 f"{INDEX_FILE!r} puts {shorten(tensor)} into {shorten(shard)}, which is not a plain file name. Only "
                 "files in the checkpoint's folder are read: do not trust this checkpoint before you know where it "
                 "comes from."
+            )
+        if shard in OWN_FILES:
+            raise CheckpointError(
+                f"{INDEX_FILE!r} puts {shorten(tensor)} into {shard!r}, which is the name of another file. Give the "
+                "shard another name, and the index with it."
             )
     return weight_map
 
