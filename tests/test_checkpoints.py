@@ -504,6 +504,11 @@ def test_check_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         check_target(tmp_path / "models", model)
     with pytest.raises(UsageError, match="is a file"):
         check_target(tmp_path / "file", model)
+    for name in ("x" * 300, "x" * 250, "x" * 300 + "/out"):  # of the second the folder beside it has too long a name
+        with pytest.raises(
+            UsageError, match=r"x' cannot be made: File name too long|out' cannot be made: File name too"
+        ):
+            check_target(tmp_path / name, model)
     (tmp_path / "work" / "here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "work" / "here")
     with pytest.raises(UsageError, match="holds the current folder"):

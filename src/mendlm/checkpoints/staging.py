@@ -66,11 +66,16 @@ def check_target(out: str | Path, model: Path, *, is_checkpoint: bool = True) ->
 
     Raises
     ------
-    UsageError : OUT is a file, is MODEL, lies in it or holds it, or holds the current folder; or, of one that is to be
-        a checkpoint, as `check_replaceable`.
+    UsageError : OUT is a file, is MODEL, lies in it or holds it, holds the current folder, or has a name that is too
+        long; or, of one that is to be a checkpoint, as `check_replaceable`.
     """
     target, source = Path(os.path.realpath(local_path(out))), _local(model)
-    if target.exists() and not target.is_dir():
+    try:
+        is_other = target.exists() and not target.is_dir()
+        partial_folder(target).exists()
+    except OSError as err:  # its name is too long, or that of the folder beside it
+        raise UsageError(f"OUT {str(out)!r} cannot be made: {err.strerror or err}. Choose another folder.") from err
+    if is_other:
         raise UsageError(f"OUT {str(out)!r} is a file. Give the name of a folder.")
     if source is not None and target.is_relative_to(source):
         raise UsageError(f"OUT {str(out)!r} is MODEL or lies inside it. Choose a folder outside {str(model)!r}.")
