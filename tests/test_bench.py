@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,25 @@ def test_every_runtime_against_the_original(packed: Path, tiny_llama: Path) -> N
     assert result.settings == {**SMALL, "batch_size": 2, "dtype": "float32", "device": "cpu"}
     assert set(result.machine) == {"device_name", "torch", "transformers", "python"}
     assert [type(event) for event in events] == [RowStarted, RowDone] * len(result.rows)
+
+
+def test_loading_is_timed_with_everything_imported(packed: Path) -> None:
+    """Importing transformers takes a hundred times as long as opening a tiny model."""
+    job = {"folder": str(packed), "runtime": "packed", "dtype": "float32", "device": "cpu", "batch_size": 1, **SMALL}
+    program = (
+        "import sys, mendlm._speed_worker as worker\n"
+        "load = worker.open_model\n"
+        "def watched(*args, **options):\n"
+        "    before = set(sys.modules)\n"
+        "    model = load(*args, **options)\n"
+        "    print([name for name in sys.modules.keys() - before if name.startswith('transformers.')])\n"
+        "    return model\n"
+        "worker.open_model = watched\n"
+        f"worker.measure({job!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, **errors: dict[str, str]) -> None:

@@ -47,10 +47,16 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     ------
     UsageError : more tokens than the model has positions; and what `mendlm.load` raises.
     """
-    import transformers  # not part of the time to load
+    import transformers
+
+    from mendlm._quiet import quiet_transformers
+    from mendlm.hf import empty_model
 
     if job["threads"] is not None:
         torch.set_num_threads(job["threads"])
+    # transformers imports what a model needs when it makes one: seconds, which are no part of the time to load.
+    with quiet_transformers():
+        empty_model(Path(job["folder"]))
     start = time.perf_counter()
     model = open_model(job["folder"], device=job["device"], dtype=job["dtype"], runtime=job["runtime"])
     device = device_of(model)

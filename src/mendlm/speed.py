@@ -43,7 +43,7 @@ class SpeedRow:
     weights_bytes : of all parameters and buffers in memory.
     peak_memory_bytes : largest resident memory of the process, loading, Python and its libraries included.
     peak_device_bytes : largest memory that torch had on the device; None on a CPU.
-    load_seconds : of `mendlm.load`.
+    load_seconds : of `mendlm.load`, imports not included.
     file_bytes : of the folder's safetensors files.
     prefill_seconds, decode_seconds : of each repeat.
     """
