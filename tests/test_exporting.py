@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 import mendlm
 from mendlm import NM, TLR, Recipe, Unstructured
 from mendlm.checkpoints.folder import open_folder
+from mendlm.checkpoints.plan import EXPORTED
 from mendlm.cli import main
 from mendlm.errors import CheckpointError, MendError, UsageError
 from mendlm.exporting import LAYOUTS, Layer
 from mendlm.exporting.peft import VLLM_RANKS
+from mendlm.inspection import inspect
 from tiny import byte_tokenizer, tiny_model
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -311,6 +313,29 @@ def test_what_is_not_a_compressed_folder(tiny_llama: Path, packed: Path, tmp_pat
     with pytest.raises(UsageError, match="cannot read"):
         mendlm.export(packed, tmp_path / "out", evaluations=[tmp_path / "none.json"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        ("safetensors-factored", "is an export in the layout 'factored', which only programs of your own read"),
+        ("peft", "is a PEFT adapter .*Load it with PEFT"),
+    ],
+)
+def test_an_export_that_is_no_model_is_called_that(packed: Path, tmp_path: Path, to: str, message: str) -> None:
+    mendlm.export(packed, tmp_path / "out", to)
+    for use in (mendlm.load, inspect, mendlm.bench, lambda folder: mendlm.export(folder, tmp_path / "again")):
+        with pytest.raises(UsageError, match=message):
+            use(tmp_path / "out")
+
+
+def test_transformers_says_what_an_export_is_too(packed: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert set(EXPORTED) == {layout.mark for layout in LAYOUTS.values() if layout.mark is not None}
+    mendlm.export(packed, tmp_path / "out", "safetensors-factored")
+    with pytest.raises(UsageError, match="is an export in the layout 'factored'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_what_a_layout_cannot_hold(make_tiny_llama: Callable[..., Path], packed: Path, tmp_path: Path) -> None:

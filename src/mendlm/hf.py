@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mendlm._filling import Awaited, PackedFiles, any_index, may_match, the_one_device
 from mendlm.checkpoints.header import Header, TensorInfo, read_header
-from mendlm.checkpoints.plan import BITMASK, LAYOUT, METHOD, PARTS, VALUES, VERSION, packed_shapes
+from mendlm.checkpoints.plan import BITMASK, LAYOUT, METHOD, PARTS, VALUES, VERSION, packed_shapes, refuse_exported
 from mendlm.errors import CheckpointError, MendError, UsageError, located
 from mendlm.experts import SparseLowRankExperts, expert_layout, is_fused_experts
 from mendlm.families import STACKED_LAYOUT, is_transposed, split_expert
@@ -58,6 +58,7 @@ class MendlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Raises
     ------
+    UsageError : the layout is one of `export`, for other programs.
     CheckpointError : no modules, or not a mapping: without them the compressed weights would be initialised at random.
     """
 
@@ -72,12 +73,14 @@ class MendlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> None:
         self.quant_method = METHOD
         self.version, self.layout, self.guard = version, layout, guard
-        if not isinstance(modules, Mapping) or not modules:
+        refuse_exported(layout, "this checkpoint")
+        known = (version, layout) == (VERSION, LAYOUT)  # of others `validate_environment` says what they are
+        if known and not (isinstance(modules, Mapping) and modules):
             raise CheckpointError(
                 f"quantization_config has modules {modules!r}; it must name the compressed layers. Fetch config.json "
                 "again. (To choose a runtime, call mendlm.load(folder, runtime=...) instead of passing a config.)"
             )
-        self.modules = Unchanging(modules)
+        self.modules = Unchanging(modules or {})
         self.runtime = resolve_runtime(runtime)
         # transformers reads this name: True makes it forget the quantization once the model is built.
         self.dequantize = self.runtime == "merged"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mendlm.checkpoints.folder import open_folder
 from mendlm.checkpoints.header import Header, check_shape
-from mendlm.checkpoints.plan import METHOD
+from mendlm.checkpoints.plan import METHOD, refuse_exported
 from mendlm.checkpoints.reader import find_weights, open_shards, read_json_object
 from mendlm.devices import resolve_device
 from mendlm.errors import CheckpointError, MendError, UsageError, located
@@ -44,8 +44,9 @@ def load(
 
     Raises
     ------
-    UsageError : no such folder, no checkpoint in it, pickles only, an unknown runtime or device, a runtime for
-        a dense folder, or "semi-structured" where device, dtype or a layer (named) does not allow it.
+    UsageError : no such folder, no checkpoint in it, pickles only, an adapter or an export that is no model, an unknown
+        runtime or device, a runtime for a dense folder, or "semi-structured" where device, dtype or a layer (named)
+        does not allow it.
     CheckpointError : the folder is damaged: config.json or a tensor is missing, a tensor has another shape, or its
         bitmask is inconsistent.
     """
@@ -72,7 +73,7 @@ def is_compressed(path: str | Path) -> bool:
 
     Raises
     ------
-    UsageError : no such folder, or it is no checkpoint.
+    UsageError : no such folder, or it is no checkpoint, or an export for other programs.
     CheckpointError : config.json is not there or cannot be read.
     """
     folder = local_path(path)
@@ -82,7 +83,10 @@ def is_compressed(path: str | Path) -> bool:
         find_weights(folder)  # says what is there in its place
         raise UsageError(f"{str(path)!r} holds no config.json: it is not a transformers checkpoint.")
     quantization = read_json_object(folder / "config.json").get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
+        return False
+    refuse_exported(quantization.get("layout"), repr(str(path)))
+    return True
 
 
 def _check_files(folder: Path) -> dict[Path, Header]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from mendlm.checkpoints.header import FLOATING, TensorInfo
-from mendlm.checkpoints.plan import LAYOUT, PARTS, VALUES, VERSION
+from mendlm.checkpoints.plan import LAYOUT, PARTS, VALUES, VERSION, refuse_exported
 from mendlm.checkpoints.reader import Checkpoint, Shard, open_checkpoint, read_tensor
 from mendlm.checkpoints.staging import has_partial
 from mendlm.errors import CheckpointError, UsageError
@@ -80,7 +80,8 @@ def open_folder(path: Path) -> Folder:
 
     Raises
     ------
-    UsageError : no checkpoint there, an unfinished one, or one quantized by something else.
+    UsageError : no checkpoint there, an unfinished one, an export for other programs, or one quantized by something
+        else.
     CheckpointError : a file is missing or damaged, a compressed weight lacks a part, or the format is of another
         version.
     """
@@ -94,6 +95,7 @@ def open_folder(path: Path) -> Folder:
     quantization = checkpoint.config.get("quantization_config")
     if quantization is None:
         return Folder(checkpoint, "dense", {}, parts)
+    refuse_exported(quantization.get("layout"), repr(str(path)))
     if quantization.get("layout") != LAYOUT:
         raise UsageError(f"{str(path)!r} has layout {quantization.get('layout')!r}, this mendlm knows {LAYOUT!r}.")
     if quantization.get("version") != VERSION:

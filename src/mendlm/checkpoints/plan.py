@@ -12,11 +12,22 @@ from mendlm.budgets import factor_params
 from mendlm.checkpoints.header import FLOATING, safetensors_name, tensor_bytes, torch_name
 from mendlm.checkpoints.reader import Shard
 from mendlm.checkpoints.writer import ShardLayout
+from mendlm.errors import UsageError
 from mendlm.patterns import Pattern
 
 # The format as config.json names it, and the tensors that a compressed weight is stored as (docs/format.md).
 METHOD, VERSION, LAYOUT = "mendlm", 1, "packed"
 PARTS = VALUES, BITMASK, LORA_A, LORA_B = "weight_values", "weight_bitmask", "lora_A", "lora_B"
+EXPORTED = ("semi-structured", "factored")  # layouts that `export` names there, so that no loader takes S for the model
+
+
+def refuse_exported(layout: object, what: str) -> None:
+    """Raise `UsageError` if the layout of `what` is one that `export` writes and nothing here reads."""
+    if layout in EXPORTED:
+        raise UsageError(
+            f"{what} is an export in the layout {layout!r}, which only programs of your own read. Give the folder that "
+            "it was exported from."
+        )
 
 
 def packed_shapes(d_out: int, d_in: int, n_kept: int, rank: int) -> dict[str, tuple[int, ...]]:

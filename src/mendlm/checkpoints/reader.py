@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"  # of a PEFT adapter
 # Names that no shard may have, whatever an index says: what is written there would take its place.
-OWN_FILES = frozenset(
-    {CONFIG_FILE, INDEX_FILE, "adapter_config.json", "mendlm.json", "mendlm.run.json", "mendlm.export.json"}
-)
+OWN_FILES = frozenset({CONFIG_FILE, INDEX_FILE, ADAPTER_CONFIG, "mendlm.json", "mendlm.run.json", "mendlm.export.json"})
 CHUNK_BYTES = 8 * 2**20
 MAX_JSON_BYTES = MAX_HEADER_BYTES  # config, index: an index names the tensors that the headers name
 
@@ -268,6 +267,11 @@ def find_weights(folder: Path) -> str:
             f"{str(folder)!r} holds its weights as pickles only, e.g. {pickles[0]!r}. Loading a pickle can run any "
             "code, so mendlm reads safetensors alone. Convert once with a program you trust: "
             "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(NEW_FOLDER)."
+        )
+    if ADAPTER_CONFIG in names:
+        raise UsageError(
+            f"{str(folder)!r} is a PEFT adapter ({ADAPTER_CONFIG}), not a model. Load it with PEFT, on top of its base "
+            "model; or give the folder that it was exported from."
         )
     stray = next((n for n in names if n.endswith(".safetensors")), None)
     if stray:

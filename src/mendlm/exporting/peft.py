@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mendlm.checkpoints.reader import ADAPTER_CONFIG
 from mendlm.errors import CheckpointError, UsageError
 from mendlm.exporting._base import BASE, Layer, Layout, Source, Stored, refuse_experts
 from mendlm.families import split_expert
 
 ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 # `_MOE_TARGET_MODULE_MAPPING` of peft 0.21, by the architecture that a model's tensors are converted like.
 _TAKEN_FOR_EXPERTS = {
     "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
