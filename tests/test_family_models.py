@@ -170,6 +170,8 @@ def test_logits_are_those_of_the_same_compression_by_plain_torch(saved: Any, kin
             assert_merged(loaded, model, other, tmp_path / "merged")
         else:
             assert_saved_packed(loaded, packed, tmp_path / runtime)
+            assert_merged(loaded.dequantize(), model, other, tmp_path / "dequantized" / runtime)
+            assert_close(logits(loaded), expected)
 
 
 def facts(folder: Path) -> dict[str, Any]:

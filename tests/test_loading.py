@@ -140,6 +140,30 @@ def test_a_merged_model_is_saved_dense(packed: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(mendlm.load(tmp_path)), logits(model))
 
 
+@pytest.mark.parametrize("runtime", ["factored", "packed"])
+def test_dequantize_merges(packed: Path, runtime: str) -> None:
+    expected = logits(mendlm.load(packed))
+    model = pickle.loads(pickle.dumps(mendlm.load(packed, runtime=runtime)))
+    model.get_submodule("model.layers.1.mlp.up_proj").set_runtime("merged")
+    assert model.dequantize() is model
+    assert torch.equal(logits(model), expected)
+    assert not model.is_quantized
+    assert mendlm.load(packed, runtime=runtime).dequantize(torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_an_offloaded_model_is_not_dequantized(packed: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    names = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    places = dict.fromkeys(names, "cpu") | {"model.layers.1": "disk"}
+    options = {"config": config_for(packed, "packed"), "device_map": places, "offload_folder": tmp_path}
+    model = AutoModelForCausalLM.from_pretrained(packed, **options)
+    expected = logits(model)
+    with pytest.raises(UsageError, match="offloaded layers cannot become merged"):
+        model.dequantize()
+    assert torch.equal(logits(model), expected)  # all of it as it was
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's use of it
 def test_a_merged_model_has_linear_layers_for_other_tools(make_tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
     """PEFT and resizing go by the type of a module."""

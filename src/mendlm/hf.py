@@ -232,8 +232,29 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
         if config.runtime == "merged":
             self._restore(model)
             logger.info("the model is merged: it is dense now and save_pretrained writes it as an ordinary checkpoint")
-        self._conversions = []
         return model
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """`model` merged in place, as a load with ``runtime="merged"`` has it; `model.dequantize()` calls this.
+
+        Parameters
+        ----------
+        model : that this quantizer loaded.
+        dtype : of the whole model afterwards; as it is if not given.
+
+        Raises
+        ------
+        UsageError : a layer was offloaded by device_map.
+        """
+        layers = {path: model.get_submodule(place) for path, place in self.paths.items()}
+        for path, layer in layers.items():
+            if any(tensor.is_meta for tensor in layer.parameters()):
+                _check_offload(path, "merged")
+        for layer in layers.values():
+            layer.set_runtime("merged")
+        self._restore(model)
+        self.remove_quantization_config(model)
+        return model if dtype is None else model.to(dtype)
 
     def _restore(self, model: Any) -> None:
         """Put dense modules in the place of merged layers: what looks for linear layers (PEFT) goes by their type."""
