@@ -384,6 +384,49 @@ def test_a_model_without_head_loads_and_saves(packed: Path, tmp_path: Path) -> N
     assert torch.equal(logits(again), logits(mendlm.load(packed)))
 
 
+@pytest.fixture(scope="module")
+def with_head(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose output layer is compressed too; that one has the guard."""
+    out = tmp_path_factory.mktemp("with-head") / "out"
+    recipe = Recipe(include=("*_proj.weight", "lm_head.weight"), **RECIPE)
+    mendlm.compress(make_tiny_llama(tied=False), out, recipe)
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["guard"] == "lm_head.weight"
+    return out
+
+
+@pytest.mark.parametrize("runtime", CPU_RUNTIMES)
+@pytest.mark.parametrize("kind", ["AutoModel", "AutoModelForSequenceClassification"])
+def test_a_compressed_head_is_passed_over(with_head: Path, tmp_path: Path, kind: str, runtime: str) -> None:
+    import transformers
+
+    config = config_for(with_head, runtime)
+    config.pad_token_id = 0
+    model = getattr(transformers, kind).from_pretrained(with_head, config=config).eval()
+    model.save_pretrained(tmp_path)
+    again = getattr(transformers, kind).from_pretrained(tmp_path).eval()
+    with torch.inference_mode():
+        expected = mendlm.load(with_head).model(IDS).last_hidden_state
+        for trunk in (model.base_model, again.base_model):
+            got = trunk(IDS).last_hidden_state
+            torch.testing.assert_close(got, expected, rtol=0, atol=256 * EPS32 * float(expected.abs().max()))
+    if runtime != "merged":
+        facts = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+        assert len(facts["modules"]) == 14
+        stored = load_file(tmp_path / "model.safetensors")
+        assert stored[facts["guard"]].numel() == 0
+        assert not any("lm_head" in name for name in (*stored, *facts["modules"]))
+
+
+def test_a_head_that_is_alone_compressed_is_not_passed_over(
+    make_tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModel
+
+    mendlm.compress(make_tiny_llama(tied=False), tmp_path / "out", Recipe(include=("lm_head.weight",), **RECIPE))
+    with pytest.raises(CheckpointError, match="'lm_head' but LlamaModel has no such module"):
+        AutoModel.from_pretrained(tmp_path / "out")
+
+
 def config_for(folder: Path, runtime: str):
     from transformers import AutoConfig
 

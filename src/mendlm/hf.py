@@ -10,7 +10,7 @@ import logging
 import re
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -135,6 +135,7 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
         stored = {info.name: info for header in self._headers.values() for info in header.tensors}
         _check_all_listed(stored, config.modules)
         names = _Names(model)
+        self._leave_out(names.of_another_head(model, config.modules))
         places = {path: names.in_model(path) for path in config.modules}
         self.experts = _take_experts_apart(model, places, stored)
         self._inside = frozenset(change(place) for place in self.experts for change in names.prefix_changes())
@@ -150,6 +151,12 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
         if config.guard is not None:
             self._expect_guard(model, names, config.guard)
         return model
+
+    def _leave_out(self, paths: Collection[str]) -> None:
+        """Forget modules that the model has no use for, as transformers does with dense ones, unless none are left."""
+        config = self.quantization_config
+        if left := {path: facts for path, facts in config.modules.items() if path not in paths}:
+            config.modules = Unchanging(left)
 
     def _take_places(
         self, model: Any, names: _Names, places: Mapping[str, str], stored: Mapping[str, TensorInfo], filled_here: bool
@@ -195,10 +202,14 @@ class MendlmQuantizer(HfQuantizer):  # type: ignore[misc]
     def _expect_guard(self, model: Any, names: _Names, guard: str) -> None:
         """Let transformers pass over the guard without a word."""
         module, _, leaf = guard.rpartition(".")
-        place = names.in_model(module)
-        self.guard = f"{place}.{leaf}"
-        self.quantization_config.guard = f"{names.when_saved(module, place)}.{leaf}"
-        seen = {guard, f"{names.renamed(module)}.{leaf}", self.guard}
+        seen = {guard, f"{names.renamed(module)}.{leaf}", f"{names.in_model(module)}.{leaf}"}
+        if names.of_another_head(model, [module]):  # it would stop no loader of what is saved
+            saved, place = next(iter(self.paths.items()))
+            self.guard, self.quantization_config.guard = f"{place}.weight", f"{saved}.weight"
+        else:
+            place = names.in_model(module)
+            self.guard = f"{place}.{leaf}"
+            self.quantization_config.guard = f"{names.when_saved(module, place)}.{leaf}"
         _pass_over(model, (re.escape(name) for name in seen))
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -395,6 +406,13 @@ class _Names:
         """What the module of the checkpoint that is at `place` will be called in another one."""
         renamed = self.renamed(path)
         return next((change(path) for change in self.prefix_changes() if change(renamed) == place), path)
+
+    def of_another_head(self, model: Any, paths: Iterable[str]) -> set[str]:
+        """Those modules of the checkpoint that a model of another class than the checkpoint's has not: of its head."""
+        if type(model).__name__ in (model.config.architectures or [type(model).__name__]):
+            return set()
+        tops = {name for part in (model, model.base_model) for name, _ in part.named_children()}
+        return {path for path in paths if self.renamed(path).removeprefix(self._prefix).partition(".")[0] not in tops}
 
     def prefix_changes(self) -> tuple[Callable[[str], str], ...]:
         """Ways in which the prefix of a checkpoint may differ from the model's."""
