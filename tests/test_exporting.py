@@ -232,6 +232,18 @@ def test_the_original_is_not_replaced(tiny_llama: Path, tmp_path: Path) -> None:
     assert (model / "mendlm.export.json").exists()
 
 
+def test_a_dest_that_overlaps_is_called_dest(copy: Path, tmp_path: Path) -> None:
+    """Here OUT is the folder to read."""
+    for dest, message in (
+        (copy, "DEST .*copy' is OUT or lies inside it"),
+        (copy / "dense", "DEST .*dense' is OUT or lies inside it"),
+        (tmp_path, "DEST .* holds OUT"),
+        (copy / "config.json" / "x", "DEST"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            mendlm.export(copy, dest, "dense", overwrite=True)
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= changes

@@ -61,8 +61,16 @@ def check_replaceable(folder: str | Path, names: Iterable[str]) -> None:
     )
 
 
-def check_target(out: str | Path, model: Path, *, is_checkpoint: bool = True) -> Path:
+def check_target(
+    out: str | Path, model: Path, *, names: tuple[str, str] = ("OUT", "MODEL"), is_checkpoint: bool = True
+) -> Path:
     """The real path of OUT, which is to be a checkpoint unless the caller says otherwise.
+
+    Parameters
+    ----------
+    out, model : folders to write and to read.
+    names : what the user calls the two.
+    is_checkpoint : whether OUT is to be one.
 
     Raises
     ------
@@ -70,22 +78,23 @@ def check_target(out: str | Path, model: Path, *, is_checkpoint: bool = True) ->
         long; or, of one that is to be a checkpoint, as `check_replaceable`.
     """
     target, source = Path(os.path.realpath(local_path(out))), _local(model)
+    to, of = names
     try:
         is_other = target.exists() and not target.is_dir()
         partial_folder(target).exists()
     except OSError as err:  # its name is too long, or that of the folder beside it
-        raise UsageError(f"OUT {str(out)!r} cannot be made: {err.strerror or err}. Choose another folder.") from err
+        raise UsageError(f"{to} {str(out)!r} cannot be made: {err.strerror or err}. Choose another folder.") from err
     if is_other:
-        raise UsageError(f"OUT {str(out)!r} is a file. Give the name of a folder.")
+        raise UsageError(f"{to} {str(out)!r} is a file. Give the name of a folder.")
     if source is not None and target.is_relative_to(source):
-        raise UsageError(f"OUT {str(out)!r} is MODEL or lies inside it. Choose a folder outside {str(model)!r}.")
+        raise UsageError(f"{to} {str(out)!r} is {of} or lies inside it. Choose a folder outside {str(model)!r}.")
     for path, what in (
-        (source, "MODEL"),
+        (source, of),
         (Path.cwd(), "the current folder"),
         (local_path("~"), "the home folder"),
     ):
         if path is not None and path.is_relative_to(target):
-            raise UsageError(f"OUT {str(out)!r} holds {what}, which replacing it would remove. Choose a new folder.")
+            raise UsageError(f"{to} {str(out)!r} holds {what}, which replacing it would remove. Choose a new folder.")
     if is_checkpoint and target.is_dir():
         with storage_errors(target):
             check_replaceable(out, (path.name for path in target.iterdir()))

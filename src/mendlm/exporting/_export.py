@@ -135,7 +135,7 @@ def export(
     layout.check(source)
     jobs = _jobs(opened, source, layout)
     shards = _shard_layouts(jobs)
-    target = check_target(dest, checkpoint.folder)
+    target = check_target(dest, checkpoint.folder, names=("DEST", "OUT"))
     if overwrite:
         _check_not_original(target, manifest)
     fingerprint = {"export": to, "options": [uniform_rank, base_name], "inputs": stat_inputs(checkpoint)}
