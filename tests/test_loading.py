@@ -192,6 +192,38 @@ def test_another_dtype_in_memory(packed: Path, dtype: torch.dtype) -> None:
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=bound)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        ("bfloat61", r"unknown dtype 'bfloat61'\. Did you mean 'bfloat16'"),
+        (torch.int8, r"dtype must be a floating one .* got torch\.int8"),
+        (torch.float8_e4m3fn, r"got torch\.float8_e4m3fn"),
+    ],
+)
+def test_a_dtype_that_no_model_has_is_refused(packed: Path, tiny_llama: Path, dtype: object, message: str) -> None:
+    for folder in (packed, tiny_llama):
+        with pytest.raises(UsageError, match=message):
+            mendlm.load(folder, dtype=dtype)
+
+
+def test_a_dtype_has_a_name(packed: Path, tiny_llama: Path) -> None:
+    assert mendlm.load(packed, dtype="bfloat16").dtype == torch.bfloat16
+    assert mendlm.load(tiny_llama, dtype="auto").dtype == torch.float32
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_path_that_is_not_utf8_is_one_sentence(
+    packed: Path, tiny_llama: Path, tmp_path: Path, compressed: bool
+) -> None:
+    """safetensors takes none."""
+    try:
+        folder = Path(shutil.copytree(packed if compressed else tiny_llama, tmp_path / "\udcff"))
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    with pytest.raises(CheckpointError, match="not valid UTF-8"):
+        mendlm.load(folder)
+
+
 @pytest.mark.parametrize("kind", [{"dtype": torch.bfloat16}, {"tied": False}, {"max_shard_size": "40KB"}], ids=str)
 def test_other_checkpoints(make_tiny_llama: Callable[..., Path], tmp_path: Path, kind: dict[str, object]) -> None:
     source = make_tiny_llama(**kind)

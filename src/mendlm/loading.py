@@ -13,8 +13,9 @@ from mendlm.checkpoints.folder import open_folder
 from mendlm.checkpoints.header import Header, check_shape
 from mendlm.checkpoints.plan import METHOD, refuse_exported
 from mendlm.checkpoints.reader import find_weights, open_shards, read_json_object
-from mendlm.devices import resolve_device
+from mendlm.devices import DTYPES, resolve_device
 from mendlm.errors import CheckpointError, MendError, UsageError, located
+from mendlm.names import lookup
 from mendlm.paths import local_path
 from mendlm.runtime import SparseLowRankLinear, resolve_runtime, runtime_on
 
@@ -23,7 +24,7 @@ def load(
     path: str | Path,
     *,
     runtime: str = "auto",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> Any:
     """Open a checkpoint folder as a causal language model in eval mode.
@@ -34,7 +35,7 @@ def load(
         downloaded, no code in it is run.
     runtime : for a compressed folder, how its layers compute: "merged", "factored", "packed", "semi-structured", or
         "auto", which is merged: no other is as fast as a dense layer for every number of tokens (docs/runtimes.md).
-    dtype : of the weights in memory; that of the checkpoint if not given.
+    dtype : of the weights in memory, a floating `torch.dtype` or its name; that of the checkpoint if not given.
     device : where to put the model; CPU if not given.
 
     Returns
@@ -45,22 +46,23 @@ def load(
     Raises
     ------
     UsageError : no such folder, no checkpoint in it, pickles only, an adapter or an export that is no model, an unknown
-        runtime or device, a runtime for a dense folder, or "semi-structured" where device, dtype or a layer (named)
-        does not allow it.
+        runtime, dtype or device, a runtime for a dense folder, or "semi-structured" where device, dtype or a layer
+        (named) does not allow it.
     CheckpointError : the folder is damaged: config.json or a tensor is missing, a tensor has another shape, or its
         bitmask is inconsistent.
     """
     folder, compressed = local_path(path), is_compressed(path)
     headers = _check_files(folder)
     resolved = resolve_runtime(runtime)
+    compute = _resolve_dtype(dtype)
     where = None if device is None else resolve_device(str(device))
     if not compressed and runtime != "auto":
         raise UsageError(f"{str(path)!r} is not compressed by mendlm, so there is no runtime {runtime!r} to choose.")
     if compressed:
-        resolved = _runtime_for(folder, runtime, dtype, where or torch.device("cpu"))
+        resolved = _runtime_for(folder, runtime, compute, where or torch.device("cpu"))
     # torch makes semi-structured tensors on the device only: packed weights move there first.
     at_first = "packed" if resolved == "semi-structured" else resolved
-    model = _from_pretrained(folder, at_first if compressed else None, dtype, headers)
+    model = _from_pretrained(folder, at_first if compressed else None, compute, headers)
     if where is not None:
         model = model.to(where)
     if compressed and resolved == "semi-structured":
@@ -87,6 +89,17 @@ def is_compressed(path: str | Path) -> bool:
         return False
     refuse_exported(quantization.get("layout"), repr(str(path)))
     return True
+
+
+def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype meant; None is the checkpoint's, which transformers calls "auto"."""
+    if dtype is None or dtype == "auto":
+        return None
+    if isinstance(dtype, str):
+        return lookup(DTYPES, dtype, "dtype")
+    if dtype not in (*DTYPES.values(), torch.float64):
+        raise UsageError(f"dtype must be a floating one of 16 bits or more, e.g. torch.bfloat16, got {dtype!r}.")
+    return dtype
 
 
 def _check_files(folder: Path) -> dict[Path, Header]:
@@ -148,6 +161,7 @@ def _from_pretrained(
     folder: Path, runtime: str | None, dtype: torch.dtype | None, headers: Mapping[Path, Header]
 ) -> Any:
     from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from mendlm import hf
@@ -173,7 +187,7 @@ def _from_pretrained(
             )
         except MendError:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as err:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as err:
             if "ignore_mismatched_sizes" in str(err):  # it says that some do not fit, not which
                 _check_shapes(folder, headers)
             reason = " ".join(str(err).split()) or type(err).__name__
