@@ -490,3 +490,33 @@ def test_records_of_something_else(tiny_llama: Path, tmp_path: Path) -> None:
         (tmp_path / "mendlm.json").write_text(text)
         with pytest.raises(CheckpointError, match=message):
             read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "field", "value"),
+    [
+        ("records", "rel_error", "x"),
+        ("records", "n_kept", 1.5),
+        ("records", "energy_frac", []),
+        ("records", "rank", True),
+        ("records", "name", None),
+        ("records", "shape", ["a", 2]),
+        ("totals", "stored_bytes", "9"),
+        ("matching", "loss_after", None),
+    ],
+)
+def test_records_with_a_value_of_another_kind(
+    tiny_llama: Path, tmp_path: Path, place: str, field: str, value: object
+) -> None:
+    compress(tiny_llama, tmp_path / "out", QUICK)
+    manifest = tmp_path / "out" / "mendlm.json"
+    parsed = json.loads(manifest.read_text())
+    block = dict(block=0, status="kept", loss_before=1.0, loss_after=1, n_steps=1, best_step=0, vectors=[])
+    parsed["matching"] = [block | dict(n_windows=1, n_held_out=1)]
+    manifest.write_text(json.dumps(parsed))
+    assert read_manifest(tmp_path / "out").matching[0].loss_after == 1
+    rows = parsed[place]
+    (rows if place == "totals" else rows[0])[field] = value
+    manifest.write_text(json.dumps(parsed))
+    with pytest.raises(CheckpointError, match=r"mendlm\.json' is incomplete or damaged"):
+        read_manifest(tmp_path / "out")

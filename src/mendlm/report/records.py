@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,26 @@ from mendlm.errors import CheckpointError, UsageError
 MANIFEST_FILE = "mendlm.json"
 RUN_FILE = "mendlm.run.json"
 EXPORT_FILE = "mendlm.export.json"
+
+
+_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "None": (type(None),)}
+
+
+@functools.cache
+def _plain_fields(cls: Any) -> Mapping[str, tuple[type, ...]]:
+    """The fields of a dataclass that hold one plain value -> what it may be."""
+    names = {field.name: str(field.type).split(" | ") for field in dataclasses.fields(cls)}
+    return {
+        field: tuple(kind for name in of for kind in _KINDS[name]) for field, of in names.items() if of[0] in _KINDS
+    }
+
+
+def _check_kinds(cls: Any, row: Mapping[str, Any]) -> None:
+    """Raise TypeError for a value of a row that its field in the dataclass does not hold."""
+    for field, kinds in _plain_fields(cls).items():
+        value = row.get(field)
+        if field in row and (isinstance(value, bool) or not isinstance(value, kinds)):
+            raise TypeError(f"{field} is {value!r}")
 
 
 @dataclass(frozen=True)
@@ -78,7 +99,8 @@ class TensorRecord:
             f.name: row[f.name] for f in dataclasses.fields(cls) if f.name in row or f.default is dataclasses.MISSING
         }
         d_out, d_in = known["shape"]
-        return cls(**(known | {"shape": (d_out, d_in)}))
+        _check_kinds(cls, known)
+        return cls(**(known | {"shape": (int(d_out), int(d_in))}))
 
 
 @dataclass(frozen=True)
@@ -115,6 +137,7 @@ class BlockRecord:
     def from_dict(cls, row: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`; fields of a newer version are ignored."""
         known = {f.name: row[f.name] for f in dataclasses.fields(cls)}
+        _check_kinds(cls, known)
         return cls(**(known | {"vectors": tuple(known["vectors"])}))
 
 
@@ -148,7 +171,9 @@ class Totals:
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`."""
-        return cls(**{f.name: row[f.name] for f in dataclasses.fields(cls)})
+        known = {f.name: row[f.name] for f in dataclasses.fields(cls)}
+        _check_kinds(cls, known)
+        return cls(**known)
 
 
 @dataclass(frozen=True)
@@ -253,7 +278,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     try:
         return Manifest.from_dict(parsed)
     except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise CheckpointError(f"{str(path)!r} is incomplete ({err!r}). Compress the model again.") from err
+        raise CheckpointError(f"{str(path)!r} is incomplete or damaged ({err!r}). Compress the model again.") from err
 
 
 def read_records(folder: str | Path) -> tuple[TensorRecord, ...]:
