@@ -195,6 +195,8 @@ def test_chat(tiny_llama: Path, tmp_path: Path) -> None:
         ({"temperature": float("nan")}, "temperature must be 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 0.9}, "top_p 0.9 has no effect at temperature 0"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens must be a whole number, got 2\.5"),
+        ({"seed": "1"}, "seed must be a whole number, got '1'"),
         ({"seed": -1}, "seed must be in"),
         ({"chat": True}, "has no chat template"),
         ({"runtime": "packed"}, "is not compressed by mendlm"),

@@ -194,6 +194,9 @@ def _check(how: _Sampling, prompt: str) -> None:
         prompt.encode()
     except UnicodeEncodeError as err:
         raise UsageError("the prompt is not UTF-8 text. Convert it first, e.g. with iconv -t utf-8.") from err
+    for name in ("max_new_tokens", "seed"):
+        if not isinstance(value := getattr(how, name), int):
+            raise UsageError(f"{name} must be a whole number, got {value!r}.")
     if how.max_new_tokens < 1:
         raise UsageError(f"max_new_tokens must be at least 1, got {how.max_new_tokens!r}.")
     if not (how.temperature >= 0 and math.isfinite(how.temperature)):

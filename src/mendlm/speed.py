@@ -156,8 +156,12 @@ def bench(
     """
     numbers = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
     for name, value in (numbers | ({} if threads is None else {"threads": threads})).items():
+        if not isinstance(value, int):
+            raise UsageError(f"{name} must be a whole number, got {value!r}.")
         if value < 1:
             raise UsageError(f"{name} must be at least 1, got {value!r}.")
+    if isinstance(runtimes, str):
+        raise UsageError(f"runtimes must be a list of names, got {runtimes!r}. Give [{runtimes!r}].")
     n_cores = os.cpu_count() or 1
     if threads is not None and threads > n_cores:
         raise UsageError(f"threads must be at most {n_cores}, the cores of this machine, got {threads!r}.")
