@@ -161,6 +161,14 @@ def test_options(tiny_llama: Path, tmp_path: Path, options: dict[str, Any], mess
     refused(tiny_llama, tmp_path, UsageError, message, **options)
 
 
+def test_a_device_as_torch_has_it_and_a_recipe_that_is_none(tiny_llama: Path, tmp_path: Path) -> None:
+    compress(tiny_llama, tmp_path / "done", QUICK, device=torch.device("cpu"))
+    refused(tiny_llama, tmp_path, UsageError, r"device 'meta' is not supported", device=torch.device("meta"))
+    for wrong in ("tlr-50", {"rank": 3}):
+        with pytest.raises(UsageError, match=r"recipe must be a Recipe, got .* Use Recipe\(\.\.\.\)"):
+            plan(tiny_llama, wrong)  # type: ignore[arg-type]
+
+
 def test_globs(tiny_llama: Path, tmp_path: Path) -> None:
     refused(
         tiny_llama, tmp_path, UsageError, r"--include '\*\.qproj\.\*' matches no tensor", Recipe(include=("*.qproj.*",))

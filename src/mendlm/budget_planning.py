@@ -25,7 +25,7 @@ from mendlm.families import split_block
 from mendlm.measuring import ModelCurves, Patterns, Tell, measure_curves
 from mendlm.paths import check_parent, local_path
 from mendlm.patterns import Adjustable, Pattern, n_kept_total
-from mendlm.pipeline import open_model
+from mendlm.pipeline import open_model, recipe_or_default
 from mendlm.planning import CompressionPlan, make_plan
 from mendlm.refiners import PruneOnly
 
@@ -212,7 +212,7 @@ def plan_budget(
     sparsities: Sequence[float] | None = None,
     rank_step: int = DEFAULT_RANK_STEP,
     curves: str | Path | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     activation_dir: str | Path | None = None,
     on_event: Tell = lambda event: None,
 ) -> BudgetPlan:
@@ -253,12 +253,12 @@ def plan_budget(
     target = Target(target_bytes, target_rank_bytes, target_error)
     if objective not in OBJECTIVES:
         raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}.")
-    recipe = Recipe() if recipe is None else recipe
+    recipe = recipe_or_default(recipe)
     if recipe.layer_sparsity is not None:
         raise UsageError("layer_sparsity 'owl' chooses sparsities itself. Leave it out, or compress without a plan.")
     if rank_step < 1:
         raise UsageError(f"rank_step must be at least 1, got {rank_step!r}.")
-    where = resolve_device(device)
+    where = resolve_device(str(device))
     checkpoint = open_model(model)
     base = make_plan(checkpoint, recipe)
     patterns = _patterns(base, target, sparsities)

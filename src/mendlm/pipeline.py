@@ -103,7 +103,7 @@ def plan(model: str | Path, recipe: Recipe | None = None) -> CompressionPlan:
         a rank or pattern that does not fit a tensor (the message names it).
     CheckpointError : a file is missing, damaged or unsafe.
     """
-    return make_plan(open_model(model), _recipe_or_default(recipe))
+    return make_plan(open_model(model), recipe_or_default(recipe))
 
 
 def compress(
@@ -111,7 +111,7 @@ def compress(
     out: str | Path,
     recipe: Recipe | None = None,
     *,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     executor: str | AbstractExecutor = "local",
     workers: int | None = None,
     ray_address: str | None = None,
@@ -161,7 +161,7 @@ def compress(
     unexpected errors leave the work done so far in a hidden folder beside `out`, for `resume`.
     """
     started = time.monotonic()
-    recipe = _recipe_or_default(recipe)
+    recipe = recipe_or_default(recipe)
     if is_url(out):
         check_url(str(out), model)
         here = partial(
@@ -212,7 +212,7 @@ def rehearse(
     out: str | Path,
     recipe: Recipe,
     *,
-    device: str,
+    device: str | torch.device,
     executor: AbstractExecutor,
     overwrite: bool,
     resume: bool,
@@ -231,13 +231,13 @@ def _open(
     out: str | Path,
     recipe: Recipe,
     executor: AbstractExecutor,
-    device: str,
+    device: str | torch.device,
     *,
     overwrite: bool,
     resume: bool,
 ) -> tuple[Checkpoint, CompressionPlan, Path, tuple[torch.device, ...]]:
     """MODEL, what to do with it, where it goes and where it is done; every check that needs no weights."""
-    devices = executor.devices(device)
+    devices = executor.devices(str(device))
     if overwrite and resume:
         raise UsageError("overwrite starts anew and resume continues: pass one of them.")
     checkpoint = open_model(model)
@@ -337,12 +337,20 @@ def _carry_out(checkpoint: Checkpoint, run: Run, started: float) -> tuple[Tensor
     return records
 
 
-def _recipe_or_default(recipe: Recipe | None) -> Recipe:
-    if recipe is not None:
-        return recipe
+def recipe_or_default(recipe: Recipe | None) -> Recipe:
+    """`recipe`, or ``Recipe()`` for None.
+
+    Raises
+    ------
+    UsageError : something else, such as a name.
+    """
     from mendlm.config import Recipe
 
-    return Recipe()
+    if recipe is None:
+        return Recipe()
+    if not isinstance(recipe, Recipe):
+        raise UsageError(f"recipe must be a Recipe, got {recipe!r:.80}. Use Recipe(...) or Recipe.from_file(...).")
+    return recipe
 
 
 def open_model(model: str | Path) -> Checkpoint:

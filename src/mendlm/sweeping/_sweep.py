@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mendlm.checkpoints.finish import hash_files, input_files, to_json
 from mendlm.checkpoints.reader import Checkpoint
@@ -30,6 +30,9 @@ from mendlm.sweeping.grid import Point, Skipped, read_grid
 from mendlm.sweeping.records import DENSE, FORMAT, SWEEP_FILE, SweepRecord, frontier, line_of, read_sweep
 from mendlm.sweeping.runner import EvaluationSettings, Job, remove_work, run_jobs
 from mendlm.sweeping.tables import markdown
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +178,7 @@ def plan_sweep(
     dataset: str | None = None,
     n_windows: int | None = None,
     seqlen: int | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
 ) -> SweepPlan:
     """What `sweep` would do with the same arguments; nothing is written or run.
 
@@ -196,7 +199,7 @@ def sweep(
     dataset: str | None = None,
     n_windows: int | None = None,
     seqlen: int | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     workers: int = 1,
     minutes: float | None = None,
     keep: str = "none",
@@ -262,9 +265,9 @@ class _Setup:
         model: str | Path,
         out: str | Path,
         evaluation: EvaluationSettings,
-        device: str,
+        device: str | torch.device,
     ) -> None:
-        where = resolve_device(device)
+        where = resolve_device(str(device))
         self.device = str(where)
         self._hashes: dict[Path, str] = {}
         self._checkpoint = checkpoint = open_model(model)
