@@ -11,8 +11,8 @@ tokens, no BOS. Calibration of every method, ours too: the first 32 windows of 1
 validation split, `<unk>` read as "the", run in bfloat16; "self": as many tokens that the model wrote itself, or 64
 windows of them where it says so; block by block on what the compressed blocks before give. All linear layers of the
 blocks, not the embedding. Storage float32. Under a sparsity weights compete as in the criterion's paper (Wanda and
-DSnoT by row, others in the tensor; OATS by row). Seconds are of the compression on one thread of a busy machine; on a
-GPU, of one of `--jobs` that shared it.
+DSnoT by row, others in the tensor; OATS by row). Seconds are of the compression on one thread of a busy machine (null
+where the run was paused); on a GPU, of one of `--jobs` that shared it.
 """
 
 from __future__ import annotations
