@@ -35,17 +35,9 @@ def main() -> None:
     text = str(ROOT / "src" / "mendlm" / "data" / "alice.txt")
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder, "out"))
-        blocks = ["--preset", "balanced", "--include", "model.layers.[01].*", "--n-sequences", "4", "--seqlen", "256"]
+        blocks = "--preset balanced --include model.layers.[01].* --n-sequences 4 --seqlen 256 --overwrite".split()
         work = {
-            "compress, 2 blocks, 4 × 256 tokens": [
-                "compress",
-                model,
-                out,
-                *blocks,
-                "--calibration",
-                text,
-                "--overwrite",
-            ],
+            "compress, 2 blocks, 4 × 256 tokens": ["compress", model, out, *blocks, "--calibration", text],
             "eval, 4 × 512 tokens": ["eval", model, "--text", text, "--seqlen", "512", "--n-windows", "4"],
         }
         rows = []

@@ -15,6 +15,7 @@ from mendlm.checkpoints.plan import METHOD, refuse_exported
 from mendlm.checkpoints.reader import find_weights, open_shards, read_json_object
 from mendlm.devices import DTYPES, resolve_device
 from mendlm.errors import CheckpointError, MendError, UsageError, located
+from mendlm.linalg import WEIGHT_DTYPES
 from mendlm.names import lookup
 from mendlm.paths import local_path
 from mendlm.runtime import SparseLowRankLinear, resolve_runtime, runtime_on
@@ -97,7 +98,7 @@ def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         return None
     if isinstance(dtype, str):
         return lookup(DTYPES, dtype, "dtype")
-    if dtype not in (*DTYPES.values(), torch.float64):
+    if dtype not in WEIGHT_DTYPES:
         raise UsageError(f"dtype must be a floating one of 16 bits or more, e.g. torch.bfloat16, got {dtype!r}.")
     return dtype
 

@@ -184,8 +184,7 @@ def compress(
         result, place = deliver(str(out), here, there, overwrite=overwrite, resume=resume)
         return replace(result, out=place, seconds=time.monotonic() - started)
     spread = _executor(executor, workers=workers, ray_address=ray_address)
-    opened = _open(model, out, recipe, spread, device, overwrite=overwrite, resume=resume)
-    checkpoint, planned, target, devices = opened
+    checkpoint, planned, target, devices = _open(model, out, recipe, spread, device, overwrite=overwrite, resume=resume)
     where = devices[0]
     if resume and is_filled(target) and not has_partial(target):
         return _finished(target, checkpoint, recipe, started)
@@ -223,6 +222,10 @@ def rehearse(
     ------
     UsageError, CheckpointError : as `compress`.
     """
+    if recipe.calibration is not None:
+        from mendlm.calibration.windows import check_source
+
+        check_source(recipe.calibration.source)
     return _open(model, out, recipe, executor, device, overwrite=overwrite, resume=resume)[1]
 
 

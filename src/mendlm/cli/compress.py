@@ -125,10 +125,6 @@ def compress(
         if dry_run:
             from mendlm.pipeline import rehearse
 
-            if chosen.calibration is not None:
-                from mendlm.calibration.windows import check_source
-
-                check_source(chosen.calibration.source)
             planned = rehearse(model, out, chosen, device=device, executor=spread, overwrite=overwrite, resume=resume)
         else:
             how = "--resume in place of --overwrite" if overwrite else "--resume"
