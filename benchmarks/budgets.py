@@ -1,4 +1,4 @@
-"""Perplexity of SmolLM2-135M with budgeted ranks against uniform ones at equal bytes. Resumable.
+"""Perplexity of SmolLM2-135M with budgeted ranks and sparsities against uniform ones at equal bytes. Resumable.
 
     python benchmarks/budgets.py [--cells …] [--minutes 55] [--list]
 
@@ -6,21 +6,25 @@ Every cell is three processes that a user could type, `mendlm plan`, `mendlm com
 goes to work/budgets.jsonl at once, and all of them to results/budgets-cpu.json, which a fresh clone goes on from, and
 to docs/budgets.md. Error curves are kept in work/, so that another objective costs seconds.
 
-Protocol: that of quality.py, 8 windows. "uniform" has rank 16 everywhere, and its cells are those of quality.py where
-that has measured them; the others have factors of at most the same bytes, "3.6 %" and "3 %" of those in place of 4.6 %
-of the dense bytes of the projections.
+Protocol: that of quality.py, 8 windows, and with joint-admm that of frontier.py, which has 32 windows of calibration
+text in place of 16. "uniform" has rank 16 everywhere, and its cells are those of quality.py or frontier.py where these
+have measured them; the others have factors of at most the same bytes, "3.6 %" and "3 %" of those in place of 4.6 %
+of the dense bytes of the projections; "sparsities too": the whole checkpoint has at most the bytes of "uniform", and
+every projection a sparsity of 30, 40, 50, 60 or 70 %.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from typing import Any
 
+import frontier
+import quality
 from _cells import calibration_text, run, shown
 from _common import ROOT, environment, smollm2, wikitext
-from quality import cells_done
 
 DONE = ROOT / "work" / "budgets.jsonl"
 RESULTS = ROOT / "benchmarks" / "results" / "budgets-cpu.json"
@@ -29,7 +33,12 @@ PAGE = ROOT / "docs" / "budgets.md"
 SHARE = "0.046007"
 FEWER = {"3.6 %": "0.036", "3 %": "0.03"}
 
-# setting -> flags, and the cell of quality.py that has the same with rank 16
+# As "uniform" at 50 % and at 2:4, rounded up.
+WHOLE = "0.66634266"
+GRAM = ["--refiner", "accelerated-tlr", "--metric", "gram"]
+JOINT = ["--refiner", "joint-admm"]
+
+# setting -> flags, and the cell of quality.py or frontier.py that has the same with rank 16
 SETTINGS: dict[str, tuple[list[str], tuple[str, str, str]]] = {
     "magnitude 50 %, TLR": (
         ["--criterion", "magnitude", "--sparsity", "0.5", "--scope", "tensor", "--refiner", "tlr", "--metric", "plain"],
@@ -40,24 +49,34 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, str, str]]] = {
         ("magnitude", "2:4", "TLR"),
     ),
     "SparseGPT 2:4, accelerated, gram": (
-        ["--criterion", "sparsegpt", "--pattern", "2:4", "--refiner", "accelerated-tlr", "--metric", "gram"],
+        ["--criterion", "sparsegpt", "--pattern", "2:4", *GRAM],
         ("SparseGPT", "2:4", "accelerated, gram, sequential"),
     ),
+    "SparseGPT 50 %, accelerated, gram": (
+        ["--criterion", "sparsegpt", "--sparsity", "0.5", *GRAM],
+        ("SparseGPT", "50 %", "accelerated, gram, sequential"),
+    ),
+    "joint-admm 2:4": (["--criterion", "magnitude", "--pattern", "2:4", *JOINT], ("JointADMM", "2:4", "16")),
+    "joint-admm 50 %": (["--criterion", "magnitude", "--sparsity", "0.5", *JOINT], ("JointADMM", "50 %", "16")),
 }
 CHOICES: dict[str, list[str]] = {
     "uniform": ["--rank", "16"],
+    "block": ["--target-rank-bytes", SHARE, "--objective", "block"],
+    "block, sparsities too": ["--target-bytes", WHOLE, "--sparsities", "0.3,0.4,0.6,0.7", "--objective", "block"],
     "relative": ["--target-rank-bytes", SHARE, "--objective", "relative"],
     **{f"relative, {s}": ["--target-rank-bytes", value, "--objective", "relative"] for s, value in FEWER.items()},
     "parameters": ["--target-rank-bytes", SHARE, "--objective", "parameters"],
     "absolute": ["--target-rank-bytes", SHARE, "--objective", "absolute"],
 }
-FIRST, SECOND, LAST = SETTINGS
+PLAIN_50, PLAIN_24, GRAM_24, GRAM_50, JOINT_24, JOINT_50 = SETTINGS
 CELLS = [
-    *((FIRST, choice) for choice in ("uniform", "relative")),
-    *((LAST, choice) for choice in ("uniform", "relative")),
-    *((FIRST, choice) for choice in ("parameters", "absolute")),
-    *((SECOND, choice) for choice in ("uniform", "relative")),
-    *((LAST, choice) for choice in ("parameters", "absolute", "relative, 3 %", "relative, 3.6 %")),
+    *((PLAIN_50, choice) for choice in ("uniform", "relative", "parameters", "absolute")),
+    *((PLAIN_24, choice) for choice in ("uniform", "relative")),
+    *((JOINT_50, choice) for choice in ("uniform", "block, sparsities too", "block", "relative")),
+    *((JOINT_24, choice) for choice in ("uniform", "block", "relative")),
+    *((GRAM_50, choice) for choice in ("uniform", "block", "relative", "block, sparsities too")),
+    *((GRAM_24, choice) for choice in ("uniform", "block", "relative", "parameters", "absolute")),
+    *((GRAM_24, choice) for choice in ("relative, 3 %", "relative, 3.6 %")),
 ]
 
 
@@ -67,26 +86,37 @@ def flags_of(setting: str) -> list[str]:
     if "gram" in flags:
         flags += ["--calibration", str(calibration_text()), "--windows", "leading"]
         flags += ["--n-sequences", "16", "--seqlen", "1024", "--propagate", "sequential"]
+    if "joint-admm" in flags:
+        flags += ["--calibration", str(calibration_text()), "--windows", "leading"]
+        flags += ["--n-sequences", "32", "--seqlen", "1024", "--calibration-dtype", "bfloat16"]
     return flags
+
+
+def _slug(words: str) -> str:
+    """Words as a part of a file's name."""
+    return re.sub(r"\W+", "-", words).strip("-")
 
 
 def measure(setting: str, choice: str) -> dict[str, Any]:
     """One cell."""
     row: dict[str, Any] = {"setting": setting, "choice": choice, "flags": shown([*flags_of(setting), *CHOICES[choice]])}
     if choice == "uniform":
-        found = cells_done().done.get(SETTINGS[setting][1])
-        if found is not None:
-            return row | {"ppl": found["ppl"], "ratio": found["ratio"], "from": "quality-cpu.json"}
+        for name, cells in (("quality", quality.cells_done()), ("frontier", frontier.cells_done())):
+            found = cells.done.get(SETTINGS[setting][1])
+            if found is not None:
+                return row | {"ppl": found["ppl"], "ratio": found["ratio"], "from": f"{name}-cpu.json"}
     # Folders of its own for every cell: two of these scripts may run at a time.
-    cell = f"budgets-{list(SETTINGS).index(setting)}-{list(CHOICES).index(choice)}"
+    cell = f"budgets-{_slug(f'{setting} {choice}')}"
     model, out, recipe = str(smollm2()), ROOT / "work" / cell, ROOT / "work" / f"{cell}.yaml"
     how = [*flags_of(setting), *CHOICES[choice]]
     if choice != "uniform":
-        curves = ROOT / "work" / f"curves-{list(SETTINGS).index(setting)}.json"
+        curves = ROOT / "work" / f"curves-{_slug(setting)}.json"
         files = ["--curves", str(curves), "--output", str(recipe), "--overwrite"]
         planned, seconds = run("plan", model, *how, *files)
         row |= {"plan_seconds": round(seconds, 1), "error": planned["error"], "uniform": planned["uniform"]}
         row["ranks"] = {tensor["name"]: tensor["rank"] for tensor in planned["tensors"]}
+        if "--target-bytes" in how:
+            row["sparsities"] = {tensor["name"]: tensor["sparsity"] for tensor in planned["tensors"]}
         how = ["--recipe", str(recipe)]
     result, seconds = run("compress", model, str(out), *how, "--overwrite")
     ppl = run("eval", str(out), "--text", str(wikitext()), "--n-windows", "8")[0]["ppl"]
@@ -108,7 +138,7 @@ def done() -> dict[tuple[str, str], dict[str, Any]]:
 def write(results: dict[tuple[str, str], dict[str, Any]]) -> None:
     """The JSON, and the table of the page."""
     rows = [results[cell] for cell in CELLS if cell in results]
-    lines = ["| setting | ranks | bytes | perplexity |", "| --- | --- | --- | --- |"]
+    lines = ["| setting | what is chosen by | bytes | perplexity |", "| --- | --- | --- | --- |"]
     for row in sorted(rows, key=lambda row: (list(SETTINGS).index(row["setting"]), list(CHOICES).index(row["choice"]))):
         ranks = "rank 16 everywhere" if row["choice"] == "uniform" else f"`{row['choice']}`"
         lines.append(f"| {row['setting']} | {ranks} | {100 * row['ratio']:.2f} % | {row['ppl']:.2f} |")

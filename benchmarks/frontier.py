@@ -203,8 +203,13 @@ def draw(store: Cells) -> None:
     save(layers.facet(column=alt.Column("panel:N", title=None)).to_dict(), PICTURE)
 
 
+def cells_done() -> Cells:
+    """The cells measured so far."""
+    return Cells("frontier", ("method", "pattern", "rank"), flags_of)
+
+
 def main() -> None:
-    store = Cells("frontier", ("method", "pattern", "rank"), flags_of)
+    store = cells_done()
     if not store.from_command_line(__doc__ or "", cells(), [list(METHODS), list(PATTERNS), list(RANKS)], n_jobs=2):
         return
     text = "\n\n".join(part for part in (markdown(store), excess(store)) if part)

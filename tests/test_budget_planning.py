@@ -22,15 +22,17 @@ import mendlm
 from mendlm import InputStats, Recipe, plan_budget, refine, select_mask
 from mendlm.budget_planning import OBJECTIVES, BudgetPlan
 from mendlm.budgets import factor_params
+from mendlm.calibration.windows import windows_of
 from mendlm.cli import main
 from mendlm.config import Override
-from mendlm.curves import anchors, between, error_curve, rank_grid
+from mendlm.curves import ErrorCurve, TensorCurves, anchors, between, error_curve, rank_grid
 from mendlm.errors import CheckpointError, MissingDependencyError, UsageError
 from mendlm.execution.run import BlockStarted, TensorStarted
+from mendlm.families import place_of
 from mendlm.measuring import CurvesDone, ModelCurves
 from mendlm.metrics import Metric, make_metric
 from mendlm.patterns import NM, Pattern, Unstructured
-from mendlm.pipeline import compress, plan
+from mendlm.pipeline import compress, open_model, plan
 from mendlm.plotting import plot_budget
 from mendlm.recipe_files import load_recipe, recipe_text
 from mendlm.refiners import (
@@ -43,6 +45,7 @@ from mendlm.refiners import (
     SLiMLoRA,
     ZeroShotSVD,
 )
+from mendlm.sensitivity import Pruned, PrunedWeight, with_sensitivities
 from strategies import stats_for
 from tiny import tiny_model
 
@@ -70,7 +73,7 @@ def curve_of(refiner: AbstractRefiner, ranks: tuple[int, ...], metric: Metric, p
     W = weight()
     mask = select_mask(W, "magnitude", pattern)
     generator = torch.Generator().manual_seed(0)
-    return error_curve(W, mask, refiner, ranks, metric=metric, start=None, pattern=pattern, generator=generator)
+    return error_curve(W, mask, refiner, ranks, metric=metric, start=None, pattern=pattern, generator=generator).errors
 
 
 def run_to_the_end(refiner: AbstractRefiner, metric: Metric, pattern: Pattern) -> float:
@@ -172,7 +175,7 @@ def test_the_statistics_reach_a_refiner_that_weighs_the_inputs(refit: bool) -> N
         generator=generator,
     )
     out = refine(W, mask, SLiMLoRA(rank=8, refit=refit), metric=metric, inputs=stats)
-    assert curve[1] == pytest.approx(metric.norm(W - out.decomposition.to_dense()) ** 2, rel=1e-4)
+    assert curve.errors[1] == pytest.approx(metric.norm(W - out.decomposition.to_dense()) ** 2, rel=1e-4)
 
 
 def test_only_pruned() -> None:
@@ -180,13 +183,19 @@ def test_only_pruned() -> None:
     assert curve == pytest.approx((run_to_the_end(PruneOnly(), Metric(), NM(2, 4)),), rel=1e-5)
 
 
+def calibrated(text: Path, **fields: Any) -> Recipe:
+    calibration = {"source": str(text), "n_sequences": 4, "seqlen": 64}
+    return Recipe(**({"criterion": "wanda", "rank": 4, "calibration": calibration} | fields))
+
+
 def factor_bytes(budget: BudgetPlan) -> int:
     return sum(4 * factor_params(*tensor.shape, tensor.rank) for tensor in budget.tensors)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_ranks_under_a_budget(tiny_llama: Path, objective: Any) -> None:
-    budget = plan_budget(tiny_llama, HALF, target_rank_bytes=FACTORS, objective=objective)
+def test_ranks_under_a_budget(objective: Any, tiny_llama: Path, text_file: Path) -> None:
+    recipe = calibrated(text_file, pattern=HALF.pattern) if objective == "block" else HALF
+    budget = plan_budget(tiny_llama, recipe, target_rank_bytes=FACTORS, objective=objective)
     dense = sum(tensor.dense_bytes for tensor in budget.tensors)
     assert factor_bytes(budget) <= FACTORS * dense
     assert budget.rank_ratio == factor_bytes(budget) / dense
@@ -200,7 +209,9 @@ def test_ranks_under_a_budget(tiny_llama: Path, objective: Any) -> None:
 
 
 def test_the_total_error_is_what_the_objective_says(tiny_llama: Path) -> None:
-    budgets = {o: plan_budget(tiny_llama, HALF, target_rank_bytes=FACTORS, objective=o) for o in OBJECTIVES}
+    budgets = {
+        o: plan_budget(tiny_llama, HALF, target_rank_bytes=FACTORS, objective=o) for o in OBJECTIVES if o != "block"
+    }
     sizes = [math.prod(t.shape) for t in budgets["relative"].tensors]
     energies = [budgets["relative"].curves.tensors[t.name].energy for t in budgets["relative"].tensors]
     weights = {"relative": [1.0] * len(sizes), "parameters": sizes, "absolute": energies}
@@ -208,6 +219,87 @@ def test_the_total_error_is_what_the_objective_says(tiny_llama: Path) -> None:
         squares = [t.rel_error**2 for t in budgets[objective].tensors]  # type: ignore[index]
         want = math.sqrt(sum(a * b for a, b in zip(w, squares, strict=True)) / sum(w))
         assert budgets[objective].error == pytest.approx(want)  # type: ignore[index]
+
+
+def test_the_total_error_of_blocks(tiny_llama: Path, text_file: Path) -> None:
+    budget = plan_budget(tiny_llama, calibrated(text_file, pattern="2:4"), target_rank_bytes=FACTORS)
+    assert budget.objective == "block"
+    changes = []
+    for tensor in budget.tensors:
+        curves = budget.curves.tensors[tensor.name]
+        (curve,) = curves.curves
+        assert curve.sensitivity is not None
+        changes.append(curve.sensitivity * curve.errors[curves.ranks.index(tensor.rank)])
+    assert budget.error == pytest.approx(math.sqrt(sum(changes) / 2))  # two blocks
+
+
+def test_the_sensitivity_is_what_pruning_one_weight_does_to_its_block(tiny_llama: Path, text_file: Path) -> None:
+    """Against the model of transformers in float64, and for both of two patterns."""
+    from transformers import AutoModelForCausalLM
+
+    recipe = calibrated(text_file, criterion="magnitude", metric="diagonal", refiner="zero-shot-svd")
+    budget = plan_budget(tiny_llama, recipe, target_bytes=0.7, sparsities=(0.8,))
+    calibration = recipe.calibration
+    assert calibration is not None
+    ids = windows_of(open_model(tiny_llama), calibration, recipe.seed, torch.device("cpu")).ids
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float64)
+    for name, curves in budget.curves.tensors.items():
+        module = model.get_submodule(name.removesuffix(".weight"))
+        layer = model.model.layers[int(name.split(".")[2])]
+        outputs: list[torch.Tensor] = []
+        inputs: list[torch.Tensor] = []
+        hooks = [
+            layer.register_forward_hook(lambda *args: outputs.append(args[2])),  # noqa: B023
+            module.register_forward_hook(lambda *args: inputs.append(args[1][0])),  # noqa: B023
+        ]
+        W = module.weight.data
+        with torch.no_grad():
+            model(ids)
+            scale = inputs[0].square().mean(dim=(0, 1)).sqrt()
+            for curve in curves.curves:
+                S = W * select_mask(W.float(), "magnitude", curve.pattern)
+                module.weight.data = S
+                model(ids)
+                change = (outputs[-1] - outputs[0]).square().sum(-1) / outputs[0].square().sum(-1)
+                want = float(change.mean() / ((W - S) * scale).square().sum())
+                assert curve.sensitivity == pytest.approx(want, rel=1e-4)
+            module.weight.data = W
+        for hook in hooks:
+            hook.remove()
+
+
+def test_sensitivities_of_experts_share_one_change() -> None:
+    """Each by its squared error and by how many tokens reach it; a pattern that one alone has is that one's."""
+    half, sparse = Unstructured(0.5), Unstructured(0.75)
+    ones = torch.ones(2, 2)
+
+    def weight(name: str, errors: dict[Pattern, float], frac: float) -> PrunedWeight:
+        curves = tuple(ErrorCurve(pattern, 2, (error,)) for pattern, error in errors.items())
+        pruned = {pattern: Pruned(ones * error, error) for pattern, error in errors.items()}
+        return PrunedWeight(TensorCurves(name, (2, 2), 4.0, (0,), curves), f"{name}.weight", pruned, frac)
+
+    asked: list[dict[str, float]] = []
+
+    def change(parameters: Any) -> float:
+        asked.append({name: float(S[0, 0]) for name, S in parameters.items()})
+        return 0.3
+
+    group = [weight("a", {half: 2.0, sparse: 3.0}, 0.25), weight("b", {half: 1.0}, 0.5), weight("c", {half: 0.0}, 1.0)]
+    found = with_sensitivities(group, change)
+    assert asked == [{"a.weight": 2.0, "b.weight": 1.0, "c.weight": 0.0}, {"a.weight": 3.0}]
+    a, b, c = ([curve.sensitivity for curve in curves.curves] for curves in found)
+    assert a == [pytest.approx(0.25 * 0.3), pytest.approx(0.25 * 0.3 / 0.75)]  # 0.25 * 2 + 0.5 * 1 = 1
+    assert b == [pytest.approx(0.5 * 0.3)]
+    assert c == [pytest.approx(0.3)]
+    assert with_sensitivities([weight("c", {half: 0.0}, 1.0)], change)[0].curves[0].sensitivity == 0.0
+
+
+def test_blocks_need_a_recipe_that_looks_at_text(tiny_llama: Path, text_file: Path) -> None:
+    blind = calibrated(text_file, criterion="magnitude", metric="plain")
+    for recipe in (HALF, blind):
+        assert plan_budget(tiny_llama, recipe, target_rank_bytes=FACTORS).objective == "relative"
+        with pytest.raises(UsageError, match="objective 'block' looks at the outputs of blocks, so it needs calib"):
+            plan_budget(tiny_llama, recipe, target_rank_bytes=FACTORS, objective="block")
 
 
 def test_whole_checkpoint_under_a_budget(tiny_llama: Path, tmp_path: Path) -> None:
@@ -330,6 +422,27 @@ def test_an_interrupted_plan_goes_on(
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize(("kind", "projection"), [("MixtralForCausalLM", "w2"), ("GPT2LMHeadModel", "c_fc")])
+def test_plans_of_experts_and_of_transposed_weights_go_on(kind: str, projection: str, tmp_path: Path) -> None:
+    """A projection of all experts is one measurement: a file that lacks one of them has none."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    folder, file = tmp_path / "model", tmp_path / "curves.json"
+    tiny_model(kind, **(experts if projection == "w2" else {"n_embd": 64, "n_layer": 2})).save_pretrained(folder)
+    calibration = {"source": "random-tokens", "n_sequences": 4, "seqlen": 32}
+    recipe = Recipe(criterion="wanda", pattern="2:4", refiner="accelerated-tlr", calibration=calibration)
+    whole = plan_budget(folder, recipe, target_rank_bytes=FACTORS)
+    curves = dict(whole.curves.tensors)
+    assert all(curve.sensitivity for tensor in curves.values() for curve in tensor.curves)
+    together = [name for name in curves if projection in name and place_of(name)[0] == 1]
+    assert len(together) == (4 if projection == "w2" else 1)
+    del curves[together[0]]
+    ModelCurves(whole.curves.fingerprint, curves).save(file)
+    events: list[Any] = []
+    again = plan_budget(folder, recipe, target_rank_bytes=FACTORS, curves=file, on_event=events.append)
+    assert again.curves == whole.curves
+    assert [event.curves.name for event in events if isinstance(event, CurvesDone)] == together
+
+
 def test_the_command_says_how_to_go_on(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,9 +484,9 @@ def test_curves_of_another_model_are_refused(tiny_llama: Path, make_tiny_llama: 
     ("content", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "curves of the format 'mendlm-curves-1'"),
-        ('{"format": "mendlm-curves-1", "fingerprint": {}}', "damaged: 'tensors'"),
-        ('{"format": "mendlm-curves-1", "fingerprint": {}, "tensors": [{"name": "x"}]}', "damaged: 'shape'"),
+        ("[]", "curves of the format 'mendlm-curves-2'"),
+        ('{"format": "mendlm-curves-2", "fingerprint": {}}', "damaged: 'tensors'"),
+        ('{"format": "mendlm-curves-2", "fingerprint": {}, "tensors": [{"name": "x"}]}', "damaged: 'shape'"),
     ],
 )
 def test_damaged_curves(content: str, message: str, tiny_llama: Path, tmp_path: Path) -> None:
@@ -435,7 +548,7 @@ def plan_budget_again(model: Path, recipe: Recipe, budget: BudgetPlan) -> Budget
         ({"target_rank_bytes": 1.0}, "target_rank_bytes must be below 1, got 1.0"),
         ({"target_bytes": 0.1}, r"target_bytes 0\.1 cannot be met: .* allow is 0\.39"),
         ({"target_error": 0.001}, r"target_error 0\.001 cannot be met: the smallest error .* is 0\.\d+"),
-        ({"target_bytes": 0.6, "objective": "best"}, "objective must be one of relative|absolute"),
+        ({"target_bytes": 0.6, "objective": "best"}, "objective must be one of block, relative, param"),
         ({"target_bytes": 0.6, "sparsities": (0.5, 1.0)}, r"sparsities must be in \[0, 1\), got 1\.0"),
         ({"target_rank_bytes": 0.1, "sparsities": (0.5,)}, "leaves the patterns as they are"),
         ({"target_bytes": 0.6, "curves": "/nowhere/at/all.json"}, "curves '/nowhere/at/all.json' is in a folder that"),

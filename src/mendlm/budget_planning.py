@@ -18,20 +18,19 @@ from mendlm.checkpoints.header import safetensors_name, tensor_bytes
 from mendlm.checkpoints.plan import PlannedTensor
 from mendlm.checkpoints.reader import Checkpoint
 from mendlm.config import Override, Recipe
-from mendlm.curves import TensorCurves
+from mendlm.curves import ErrorCurve, TensorCurves
 from mendlm.devices import resolve_device
 from mendlm.errors import UsageError
-from mendlm.families import split_block
+from mendlm.families import place_of, split_block
 from mendlm.measuring import ModelCurves, Patterns, Tell, measure_curves
 from mendlm.paths import check_parent, local_path
 from mendlm.patterns import Adjustable, Pattern, n_kept_total
-from mendlm.pipeline import open_model, recipe_or_default
+from mendlm.pipeline import open_model, recipe_or_default, walks
 from mendlm.planning import CompressionPlan, make_plan
 from mendlm.refiners import PruneOnly
 
-Objective = Literal["absolute", "relative", "parameters"]
+Objective = Literal["block", "relative", "parameters", "absolute"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
-DEFAULT_OBJECTIVE: Objective = "relative"
 DEFAULT_RANK_STEP = 4
 DEFAULT_SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
@@ -166,8 +165,10 @@ class BudgetPlan:
     recipe : with an override for every tensor; `compress` takes it.
     plan : of that recipe: what it gives, byte by byte.
     tensors : one for each compressed tensor, in the order of `plan`.
-    error : the total relative error ``sqrt(sum_t w_t e_t / sum_t w_t n_t)`` that the curves predict, with the squared
-        error e_t and the squared norm n_t of every tensor in the metric, and the weights w_t of the objective.
+    error : the total relative error that the curves predict: ``sqrt(sum_t w_t e_t / sum_t w_t n_t)`` with the squared
+        error e_t and the squared norm n_t of every tensor in the metric, and the weights w_t of the objective; for
+        "block" ``sqrt(sum_t s_t e_t / n_blocks)`` with the sensitivities s_t, the root mean square over the blocks
+        of the relative error of their outputs, if changes add up.
     rank_ratio : bytes of the factors over the dense bytes of the compressed tensors.
     uniform : the best uniform plan under the same target; None if there is none.
     curves : that were used.
@@ -208,7 +209,7 @@ def plan_budget(
     target_bytes: float | None = None,
     target_rank_bytes: float | None = None,
     target_error: float | None = None,
-    objective: Objective = DEFAULT_OBJECTIVE,
+    objective: Objective | None = None,
     sparsities: Sequence[float] | None = None,
     rank_step: int = DEFAULT_RANK_STEP,
     curves: str | Path | None = None,
@@ -224,8 +225,10 @@ def plan_budget(
     recipe : everything that is not chosen: criterion, refiner, metric, calibration, and the patterns where they stay;
         ``Recipe()`` if not given.
     target_bytes, target_rank_bytes, target_error : see `Target`; exactly one.
-    objective : which errors are added up. "relative": of every tensor the squared error over the squared norm of W, in
-        the metric; "parameters": that, times the entries of W; "absolute": squared errors as they are.
+    objective : which errors are added up. "block": of every tensor the squared error times its sensitivity, which is
+        what it changes in the output of its block (`mendlm.sensitivity`); "relative": the squared error over the
+        squared norm of W, in the metric; "parameters": that, times the entries of W; "absolute": squared errors as
+        they are. Default "block" where calibration text runs through the model, else "relative".
     sparsities : to choose from where sparsities are chosen, for tensors whose pattern has a free sparsity; that of the
         recipe is always among them. Default 0.3, 0.4, … 0.8. One pattern is one measurement.
     rank_step : ranks are multiples of it.
@@ -241,19 +244,19 @@ def plan_budget(
     Raises
     ------
     UsageError : as `plan`; targets that exclude each other or cannot be met; a recipe that leaves nothing to choose;
-        curves of another model or of other settings.
+        objective "block" without calibration; curves of another model or of other settings.
     CheckpointError, NonFiniteError, StorageError : as `compress`.
 
     Notes
     -----
     Cost: `mendlm.curves.error_curve` for every tensor and pattern, and in calibrated work one pass of the text through
-    the dense model; with the curves at hand seconds.
+    the dense model and, for every tensor and pattern, one of a few windows through its block; with the curves at hand
+    seconds.
     """
     started = time.monotonic()
     target = Target(target_bytes, target_rank_bytes, target_error)
-    if objective not in OBJECTIVES:
-        raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}.")
     recipe = recipe_or_default(recipe)
+    objective = _objective(objective, recipe)
     if recipe.layer_sparsity is not None:
         raise UsageError("layer_sparsity 'owl' chooses sparsities itself. Leave it out, or compress without a plan.")
     if rank_step < 1:
@@ -277,6 +280,20 @@ def plan_budget(
         tell=on_event,
     )
     return _Choice(checkpoint, base, target, objective, patterns, measured).result(started)
+
+
+def _objective(asked: Objective | None, recipe: Recipe) -> Objective:
+    """The objective that was asked for, or the default."""
+    if asked is None:
+        return "block" if walks(recipe) else "relative"
+    if asked not in OBJECTIVES:
+        raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}, got {asked!r}.")
+    if asked == "block" and not walks(recipe):
+        raise UsageError(
+            "objective 'block' looks at the outputs of blocks, so it needs calibration data, and a criterion or a "
+            "metric that weighs the inputs. Calibrate, or take objective 'relative'."
+        )
+    return asked
 
 
 def _patterns(base: CompressionPlan, target: Target, sparsities: Sequence[float] | None) -> Patterns:
@@ -348,21 +365,20 @@ class _Choice:
         self._settings: list[list[_Setting]] = []
         self._options: list[list[Option]] = []
         self._stored: list[list[int]] = []
-        self._total = 0.0  # of the weighted squared norms
         for tensor in self._compressed:
             self._add(tensor, curves.tensors[tensor.name], patterns[tensor.name])
+        self._total = self._whole()
         self._fixed = base.totals.stored_bytes - sum(tensor.stored_bytes for tensor in self._compressed)
         self._dense = sum(tensor.dense_bytes for tensor in self._compressed)
 
     def _add(self, tensor: PlannedTensor, curves: TensorCurves, patterns: Sequence[Pattern]) -> None:
         d_out, d_in = curves.shape
         itemsize = _itemsize(tensor)
-        weight = _weight(self._objective, curves)
-        self._total += weight * curves.energy
         settings, options, stored = [], [], []
         by_pattern = curves.by_pattern
         for pattern in patterns:
             curve = by_pattern[pattern]
+            weight = _weight(self._objective, curves, curve)
             for rank, error in zip(curves.ranks, curve.errors, strict=True):
                 n_bytes = packed_bytes(d_out, d_in, curve.n_kept, rank, itemsize)
                 factor_bytes = factor_params(d_out, d_in, rank) * itemsize
@@ -372,6 +388,13 @@ class _Choice:
         self._settings.append(settings)
         self._options.append(options)
         self._stored.append(stored)
+
+    def _whole(self) -> float:
+        """What a relative error is relative to: the weighted squared norms, or 1 for each block."""
+        if self._objective == "block":
+            return float(len({place_of(tensor.name)[0] for tensor in self._compressed}))
+        curves = [self._curves.tensors[tensor.name] for tensor in self._compressed]
+        return math.fsum(_weight(self._objective, one, one.curves[0]) * one.energy for one in curves)
 
     def result(self, started: float) -> BudgetPlan:
         """Allocate, and check the result by a plan of its recipe."""
@@ -491,8 +514,12 @@ class _Choice:
         )
 
 
-def _weight(objective: Objective, curves: TensorCurves) -> float:
+def _weight(objective: Objective, curves: TensorCurves, curve: ErrorCurve) -> float:
     """What a squared error of a tensor counts."""
+    if objective == "block":
+        if curve.sensitivity is None:
+            raise AssertionError("the curves of calibrated work have sensitivities")
+        return curve.sensitivity
     if objective == "absolute":
         return 1.0
     if curves.energy <= 0:

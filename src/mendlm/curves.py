@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -44,11 +44,14 @@ class ErrorCurve:
     ----------
     pattern, n_kept : of the mask.
     errors : squared error in the metric at every rank of `TensorCurves.ranks`; never rising.
+    sensitivity : squared relative change of the block's output for each unit of squared error
+        (`mendlm.calibration.sensitivity`); None without calibration.
     """
 
     pattern: Pattern
     n_kept: int
     errors: tuple[float, ...]
+    sensitivity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,12 @@ class TensorCurves:
             "energy": self.energy,
             "ranks": list(self.ranks),
             "curves": [
-                {"pattern": pattern_to_dict(c.pattern), "n_kept": c.n_kept, "errors": list(c.errors)}
+                {
+                    "pattern": pattern_to_dict(c.pattern),
+                    "n_kept": c.n_kept,
+                    "errors": list(c.errors),
+                    "sensitivity": c.sensitivity,
+                }
                 for c in self.curves
             ],
         }
@@ -98,7 +106,12 @@ class TensorCurves:
         try:
             d_out, d_in = fields["shape"]
             curves = tuple(
-                ErrorCurve(parse_pattern(c["pattern"]), int(c["n_kept"]), tuple(map(float, c["errors"])))
+                ErrorCurve(
+                    parse_pattern(c["pattern"]),
+                    int(c["n_kept"]),
+                    tuple(map(float, c["errors"])),
+                    None if c["sensitivity"] is None else float(c["sensitivity"]),
+                )
                 for c in fields["curves"]
             )
             ranks = tuple(map(int, fields["ranks"]))
@@ -108,6 +121,19 @@ class TensorCurves:
         if any(len(curve.errors) != len(ranks) for curve in curves):
             raise CheckpointError(f"the curves of {found.name!r} are damaged: they do not have an error for each rank.")
         return found
+
+
+class Measured(NamedTuple):
+    """What `error_curve` found.
+
+    Attributes
+    ----------
+    errors : squared error in the metric, one float for each rank, never rising.
+    S : (d_out, d_in), zero off the mask: what is kept at rank 0, fitted to the outputs where the refiner does that.
+    """
+
+    errors: tuple[float, ...]
+    S: Tensor
 
 
 def rank_grid(d_out: int, d_in: int, step: int) -> tuple[int, ...]:
@@ -140,7 +166,7 @@ def error_curve(
     pattern: Pattern,
     inputs: InputStats | None = None,
     generator: torch.Generator,
-) -> tuple[float, ...]:
+) -> Measured:
     """Squared error ``||W - S - L_r||^2`` in the metric at every rank r, about as the refiner would leave it.
 
     Parameters
@@ -153,7 +179,7 @@ def error_curve(
 
     Returns
     -------
-    One float for each rank, never rising.
+    Measured
 
     Notes
     -----
@@ -181,10 +207,11 @@ def error_curve(
     tail = [energies[rank] if rank < len(energies) else 0.0 for rank in ranks]
     near = _nearest(ranks)
     places = [index for index, rank in enumerate(ranks) if rank in near]
+    S = metric.unscaled(problem.W * problem.mask if problem.start is None else problem.start)
     if isinstance(refiner, PruneOnly) or len(places) == 1:
-        return tuple(tail)
+        return Measured(tuple(tail), S)
     measured = _measure(W, problem, refiner, [ranks[index] for index in places], tail[0], start)
-    return between(tail, places, measured)
+    return Measured(between(tail, places, measured), S)
 
 
 def between(tail: Sequence[float], places: Sequence[int], measured: Sequence[float]) -> tuple[float, ...]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +26,7 @@ from mendlm.curves import ErrorCurve, TensorCurves, error_curve, rank_grid
 from mendlm.errors import CheckpointError, MendError, UsageError, located
 from mendlm.execution.run import BlockStarted, TensorStarted
 from mendlm.execution.tensor import tensor_generator
+from mendlm.families import place_of
 from mendlm.inputs import InputStats, treat_dead_columns
 from mendlm.linalg import compute_dtype
 from mendlm.metrics import make_metric
@@ -33,10 +36,13 @@ from mendlm.pipeline import prepare_calibration, stat_inputs
 from mendlm.planning import CompressionPlan
 from mendlm.refiners import PruneOnly
 from mendlm.selection import select
+from mendlm.sensitivity import Pruned, PrunedWeight, with_sensitivities
 
-FORMAT = "mendlm-curves-1"
+FORMAT = "mendlm-curves-2"
 # A file is saved this often at most, and after this many times what saving it took: a twentieth of the time.
 SECONDS_BETWEEN_SAVES, REST_OF_SAVING = 30.0, 20.0
+# Of the text: they run through a block for every weight and pattern, to see what its error does.
+SENSITIVITY_WINDOWS = 8
 # What a recipe says that no curve depends on: the patterns are in the curves themselves, and the model is dense.
 _WITHOUT_EFFECT = ("rank", "overrides", "pattern", "skip_layers", "include", "exclude", "dtype", "match_blocks")
 
@@ -124,10 +130,13 @@ class ModelCurves:
             )
 
     def missing(self, patterns: Patterns) -> Patterns:
-        """What of `patterns` has no curve here, by tensor name."""
+        """What of `patterns` has no curve here, by tensor name; experts, which are measured together, lack the same."""
         known = {name: curves.by_pattern for name, curves in self.tensors.items()}
+        lacking: dict[tuple[int | None, str], set[Pattern]] = defaultdict(set)
+        for name, asked in patterns.items():
+            lacking[place_of(name)] |= {pattern for pattern in asked if pattern not in known.get(name, {})}
         found = {
-            name: tuple(pattern for pattern in asked if pattern not in known.get(name, {}))
+            name: tuple(pattern for pattern in asked if pattern in lacking[place_of(name)])
             for name, asked in patterns.items()
         }
         return {name: left for name, left in found.items() if left}
@@ -220,7 +229,7 @@ class _Kept:
         """Curves of a tensor, beside those of its other patterns if there are some."""
         known = self._tensors.get(measured.name)
         if known is not None:
-            measured = replace(measured, curves=(*known.curves, *measured.curves))
+            measured = replace(measured, curves=tuple((known.by_pattern | measured.by_pattern).values()))
         self._tensors[measured.name] = measured
         self._is_saved = False
         if time.monotonic() >= self._save_at:
@@ -260,42 +269,74 @@ class _Measuring:
     def streaming(self) -> Iterator[TensorCurves]:
         """Tensor by tensor."""
         for tensor in self._tensors:
-            yield self._measure(tensor, None)
+            started = time.monotonic()
+            yield self._noted(tensor, self._measure(tensor, None)[0], time.monotonic() - started)
 
     def walking(self, prepared: Prepared) -> Iterator[TensorCurves]:
-        """Block by block, on the activations of the dense model."""
+        """Block by block, on the activations of the dense model, with sensitivities."""
+        from mendlm.calibration.outputs import output_error
         from mendlm.calibration.walk import Walk, modules_by_block
 
-        n_blocks = prepared.model.n_blocks
+        model = prepared.model
         walk = Walk(
-            prepared.model, prepared.text, lambda index, phase: self._tell(BlockStarted(index + 1, n_blocks, phase))
+            model, prepared.text, lambda index, phase: self._tell(BlockStarted(index + 1, model.n_blocks, phase))
         )
         by_name = {tensor.name: tensor for tensor in self._tensors}
-        by_block = modules_by_block(prepared.model, self._tensors)
+        by_block = modules_by_block(model, self._tensors)
         gram = self._plan.recipe.needs == "gram"
         for index in range(max(by_block) + 1):
             modules = by_block.get(index, {})
-            with prepared.model.loaded(index) as block:
+            n_windows = SENSITIVITY_WINDOWS if modules else 0
+            with model.loaded(index) as block:
+                inputs = walk.leading(n_windows)
                 stats = walk.gather(index, block, modules, gram=gram and bool(modules), advance=True, phase="survey")
-            for name in modules:
-                yield self._measure(by_name[name], stats.pop(name))
+                states = tuple(zip(inputs, walk.leading(n_windows), strict=True))
+                forward = partial(model.forward, index)
+                change = partial(output_error, block, forward, states=states, device=self._device)
+                for group in _by_projection(modules):
+                    started, weights = time.monotonic(), []
+                    for name in group:
+                        tensor, seen = by_name[name], stats.pop(name)
+                        curves, pruned = self._measure(tensor, seen)
+                        fitted = {
+                            pattern: found.for_module(model.dtype, transposed=tensor.transposed)
+                            for pattern, found in pruned.items()
+                        }
+                        frac = max(seen.n_tokens, 1) / prepared.text.ids.numel()
+                        weights.append(PrunedWeight(curves, f"{modules[name][0]}.weight", fitted, frac))
+                    done = with_sensitivities(weights, change)
+                    seconds = (time.monotonic() - started) / len(group)
+                    yield from (self._noted(by_name[curves.name], curves, seconds) for curves in done)
             del stats
             trim()
 
-    def _measure(self, tensor: PlannedTensor, inputs: InputStats | None) -> TensorCurves:
-        place = (tensor.name, tensor.shard, self._n_done + 1, len(self._plan.compressed))
-        self._tell(TensorStarted(*place, self._done_bytes, self._total_bytes))
-        started = time.monotonic()
+    def _measure(self, tensor: PlannedTensor, inputs: InputStats | None) -> tuple[TensorCurves, dict[Pattern, Pruned]]:
+        n_done = self._n_done + 1
+        self._tell(
+            TensorStarted(
+                tensor.name, tensor.shard, n_done, len(self._plan.compressed), self._done_bytes, self._total_bytes
+            )
+        )
         try:
             W = read_weight(self._shards[tensor.shard], tensor).to(self._device)
-            curves = tensor_curves(W, tensor, self._plan.recipe, self._patterns[tensor.name], self._rank_step, inputs)
+            return tensor_curves(W, tensor, self._plan.recipe, self._patterns[tensor.name], self._rank_step, inputs)
         except MendError as err:
             raise located(err, f"{tensor.name} in {tensor.shard}") from err
+
+    def _noted(self, tensor: PlannedTensor, curves: TensorCurves, seconds: float) -> TensorCurves:
         self._n_done += 1
         self._done_bytes += tensor.dense_bytes
-        seconds = time.monotonic() - started
-        self._tell(CurvesDone(curves, self._n_done, place[3], self._done_bytes, self._total_bytes, seconds))
+        n_tensors = len(self._plan.compressed)
+        self._tell(CurvesDone(curves, self._n_done, n_tensors, self._done_bytes, self._total_bytes, seconds))
         return curves
+
+
+def _by_projection(names: Iterable[str]) -> list[list[str]]:
+    """The tensors of a block: one each, but those of all experts of a projection together."""
+    groups: dict[tuple[int | None, str], list[str]] = defaultdict(list)
+    for name in names:
+        groups[place_of(name)].append(name)
+    return list(groups.values())
 
 
 def tensor_curves(
@@ -305,8 +346,12 @@ def tensor_curves(
     patterns: tuple[Pattern, ...],
     rank_step: int,
     inputs: InputStats | None = None,
-) -> TensorCurves:
+) -> tuple[TensorCurves, dict[Pattern, Pruned]]:
     """The curves of one weight (d_out, d_in), with the masks and the metric that `compress` would take.
+
+    Returns
+    -------
+    The curves, without sensitivities, and for each pattern S of rank 0 in the compute dtype.
 
     Raises
     ------
@@ -319,11 +364,11 @@ def tensor_curves(
     used, stats = (W, None) if inputs is None else treat_dead_columns(W, inputs, recipe.dead_columns)
     with torch.no_grad():
         metric = make_metric(recipe.metric_kind, stats, damping=recipe.damping, dtype=dtype, device=W.device)
-        curves = []
+        curves, pruned = [], {}
         for pattern in patterns:
             generator = tensor_generator(recipe.seed, tensor.name, W.device)
             selection = select(used, recipe.criterion_for(tensor.name), pattern, inputs=stats, generator=generator)
-            errors = error_curve(
+            found = error_curve(
                 used.to(dtype),
                 selection.mask,
                 refiner,
@@ -334,6 +379,7 @@ def tensor_curves(
                 inputs=stats,
                 generator=generator,
             )
-            curves.append(ErrorCurve(pattern, n_kept_total(pattern, d_out, d_in), errors))
+            curves.append(ErrorCurve(pattern, n_kept_total(pattern, d_out, d_in), found.errors))
+            pruned[pattern] = Pruned(found.S, metric.norm(used.to(dtype) - found.S) ** 2)
         energy = metric.norm(used.to(dtype)) ** 2
-    return TensorCurves(tensor.name, (d_out, d_in), energy, ranks, tuple(curves))
+    return TensorCurves(tensor.name, (d_out, d_in), energy, ranks, tuple(curves)), pruned

@@ -250,7 +250,7 @@ def _open(
         target = open_place(out)
     else:
         target = check_target(out, checkpoint.folder)
-    if _walks(recipe):
+    if walks(recipe):
         _check_one_worker(executor, devices)
     return checkpoint, planned, target, devices
 
@@ -260,7 +260,7 @@ def prepare_calibration(
 ) -> Prepared | None:
     """The calibration of a recipe that needs one, else None."""
     recipe = planned.recipe
-    if not _walks(recipe):
+    if not walks(recipe):
         if recipe.calibration is not None:
             logger.warning("nothing in this recipe looks at the calibration text: criterion and metric use W alone")
         return None
@@ -284,8 +284,8 @@ def _executor(executor: str | AbstractExecutor, **settings: Any) -> AbstractExec
     return executor
 
 
-def _walks(recipe: Recipe) -> bool:
-    """Whether the model is walked block by block."""
+def walks(recipe: Recipe) -> bool:
+    """Whether a recipe sends calibration text through the model, block by block."""
     return recipe.needs != "weights" or recipe.layer_sparsity is not None or recipe.match_blocks is not None
 
 
@@ -454,7 +454,7 @@ def _token_ids_sha256(checkpoint: Checkpoint, recipe: Recipe) -> str | None:
     from mendlm.calibration.windows import SOURCES, windows_of
 
     calibration = recipe.calibration
-    if calibration is None or not _walks(recipe) or is_url(checkpoint.folder) or calibration.source in SOURCES:
+    if calibration is None or not walks(recipe) or is_url(checkpoint.folder) or calibration.source in SOURCES:
         return None
     if not local_path(calibration.source).exists():
         return None

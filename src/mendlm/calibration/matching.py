@@ -9,7 +9,7 @@ arXiv:2102.05426, Section 3.2), there for quantization.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mendlm.calibration.activations import Activations
+from mendlm.calibration.outputs import Forward, output_error, run_with, token_errors
 from mendlm.errors import UsageError
 from mendlm.execution.tensor import dense_weight
 from mendlm.linalg import all_finite
@@ -31,15 +32,12 @@ PATIENCE = 4  # evaluations without a lower loss after which the windows held ou
 WARMUP_FRAC = 0.1  # of the steps: Adam's first ones know nothing about the size of the gradients
 _BETAS = (0.9, 0.98)  # a second moment that a hundred steps are enough to estimate
 _EPS = 1e-20  # gradients of a mean over many outputs are tiny, and entries off the mask have none at all
-_TINY = 1e-30  # of a target that is zero
 # float16 has nothing between 0 and 6e-8, and gradients of a mean over many tokens lie there. They are multiplied by the
 # largest of these powers, from the first down to 1, with which none overflows; a power of 2 rounds nothing.
 _LARGEST_SCALE, _SCALE_STEP = 2.0**48, 2.0**4
 
 _RUN = 16  # tokens: too many to stand in two places of a text by chance
 _FACTOR = np.uint64(6364136223846793005)  # odd and large: Knuth's, of MMIX
-
-Forward = Callable[[Callable[..., Any], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -175,24 +173,12 @@ def match_block(
     size = min(matching.batch_size, n_train)
     held_out = torch.split(torch.arange(n_train, inputs.n_sequences), size)
 
-    def run(parameters: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(block, dict(parameters), args, kwargs)
-
-        return forward(call, hidden)
-
     def loss_of(candidate: State) -> float:
         parameters = _installed(candidate, device, dtype)
         if not all(all_finite(tensor) for tensor in parameters.values()):
             return math.inf
-        total, n_tokens = 0.0, 0
-        with torch.no_grad():
-            for rows in held_out:
-                out = run(parameters, inputs.select(rows).to(device))
-                errors = _errors(out, targets.select(rows).to(device))
-                total += float(errors.sum(dtype=torch.float64))
-                n_tokens += errors.numel()
-        return total / n_tokens
+        states = ((inputs.select(rows), targets.select(rows)) for rows in held_out)
+        return output_error(block, forward, parameters, states, device)
 
     tuned = _Tuned(state, device)
     before = best_loss = loss_of(state)
@@ -207,8 +193,8 @@ def match_block(
         """Leave the gradients of the loss on some windows with the parameters; False if it, or one, is not finite."""
         nonlocal scale
         with torch.enable_grad():  # also for a caller who wants none
-            out = run(tuned.parameters(dtype), inputs.select(rows).to(device))
-            loss = _errors(out, targets.select(rows).to(device)).mean()
+            out = run_with(block, forward, tuned.parameters(dtype), inputs.select(rows).to(device))
+            loss = token_errors(out, targets.select(rows).to(device)).mean()
             if not math.isfinite(loss.item()):
                 return False
             while True:
@@ -240,13 +226,6 @@ def match_block(
             if waited == PATIENCE:
                 break
     return Match(best, before, best_loss, n_steps, best_step)
-
-
-def _errors(out: Tensor, target: Tensor) -> Tensor:
-    """Squared error of every token (batch, seqlen), float32, relative to the token's target."""
-    target = target.float()
-    # Norms of tokens differ by orders of magnitude (the first token's most of all) and the next norm takes them away.
-    return (out.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(_TINY)
 
 
 class _Tuned:

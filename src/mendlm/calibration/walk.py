@@ -98,6 +98,15 @@ class Walk:
             self._pass(self.states, index, block, advance=advance, after_batch=gatherer.batch_ends)
         return gatherer.results()
 
+    def leading(self, n_windows: int) -> list[Tensor]:
+        """Copies of the hidden states of the first batches, as many as have `n_windows` windows together."""
+        found: list[Tensor] = []
+        for batch in self.states.batches():
+            if sum(map(len, found)) >= n_windows:
+                break
+            found.append(batch.clone())
+        return found
+
     def propagate(self, index: int, block: nn.Module) -> None:
         """Replace the hidden states by the outputs of a loaded block."""
         self._tell(index, "propagate")

@@ -88,8 +88,8 @@ def plan(
         typer.Option(
             "--objective",
             metavar="NAME",
-            help="Which errors are added up: relative, parameters (relative, times the size) or absolute. "
-            "Default: relative.",
+            help="Which errors are added up: block (what they change in the outputs of blocks), relative, parameters "
+            "(relative, times the size) or absolute. Default: block with calibration, else relative.",
             rich_help_panel=_BUDGET,
         ),
     ] = None,
@@ -172,7 +172,7 @@ def plan(
     Error curves of every tensor are measured first; what compress takes says how it would be compressed.
     """
     with json_only(as_json) as stream:
-        from mendlm.budget_planning import DEFAULT_OBJECTIVE, DEFAULT_RANK_STEP, plan_budget
+        from mendlm.budget_planning import DEFAULT_RANK_STEP, plan_budget
         from mendlm.plotting import check_plot, plot_budget
 
         files = {"--curves": curves, "--output": output, "--plot": plot}
@@ -208,7 +208,7 @@ def plan(
                 target_bytes=target_bytes,
                 target_rank_bytes=target_rank_bytes,
                 target_error=target_error,
-                objective=objective or DEFAULT_OBJECTIVE,  # type: ignore[arg-type]
+                objective=objective,  # type: ignore[arg-type]
                 sparsities=_parse_sparsities(sparsities),
                 rank_step=DEFAULT_RANK_STEP if rank_step is None else rank_step,
                 curves=curves,
