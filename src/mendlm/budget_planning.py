@@ -100,6 +100,7 @@ class PlannedBudget:
     layer, projection : where it is, "mlp.up_proj" of layer 3; None and the whole name outside of the blocks.
     pattern, rank : chosen.
     rel_error : root of its squared error over that of W alone, as the curves predict it.
+    sensitivity : of the pattern, per unit of squared error (`mendlm.sensitivity`); None without calibration.
     dense_bytes, stored_bytes : before and after.
     """
 
@@ -110,6 +111,7 @@ class PlannedBudget:
     pattern: Pattern
     rank: int
     rel_error: float
+    sensitivity: float | None
     dense_bytes: int
     stored_bytes: int
 
@@ -124,6 +126,7 @@ class PlannedBudget:
             "sparsity": self.pattern.sparsity,
             "rank": self.rank,
             "rel_error": self.rel_error,
+            "sensitivity": self.sensitivity,
             "dense_bytes": self.dense_bytes,
             "stored_bytes": self.stored_bytes,
         }
@@ -499,7 +502,8 @@ class _Choice:
 
     def _row(self, tensor: PlannedTensor, setting: _Setting) -> PlannedBudget:
         curves = self._curves.tensors[tensor.name]
-        error = curves.by_pattern[setting.pattern].errors[curves.ranks.index(setting.rank)]
+        curve = curves.by_pattern[setting.pattern]
+        error = curve.errors[curves.ranks.index(setting.rank)]
         block = split_block(tensor.name)
         return PlannedBudget(
             name=tensor.name,
@@ -509,6 +513,7 @@ class _Choice:
             pattern=setting.pattern,
             rank=setting.rank,
             rel_error=math.sqrt(error / curves.energy) if curves.energy > 0 else 0.0,
+            sensitivity=curve.sensitivity,
             dense_bytes=tensor.dense_bytes,
             stored_bytes=tensor.stored_bytes,
         )

@@ -219,7 +219,7 @@ def deliver(
             "Pass --resume to continue it, or --overwrite to start anew."
         )
     if there and not overwrite and not (begun and (sent.exists() or replaces.exists())):
-        raise UsageError(f"OUT {remote.url!r} exists and is not empty. Pass --overwrite, or choose another folder.")
+        raise UsageError(f"{remote.url!r} exists and is not empty. Pass --overwrite, or choose another folder.")
     if overwrite and not sent.exists() and not replaces.exists():  # else an earlier run was allowed to replace it
         check_replaceable(remote.url, there)
     if overwrite:  # what was sent before is of another run

@@ -244,7 +244,7 @@ def _continue(
 
 
 def _not_empty(target: Path) -> UsageError:
-    return UsageError(f"OUT {str(target)!r} exists and is not empty. Pass --overwrite, or choose another folder.")
+    return UsageError(f"{str(target)!r} exists and is not empty. Pass --overwrite, or choose another folder.")
 
 
 def remove_leftovers(target: Path) -> None:
