@@ -26,7 +26,7 @@ from mendlm.calibration.windows import windows_of
 from mendlm.cli import main
 from mendlm.config import Override
 from mendlm.curves import ErrorCurve, TensorCurves, anchors, between, error_curve, rank_grid
-from mendlm.errors import CheckpointError, MissingDependencyError, UsageError
+from mendlm.errors import CheckpointError, MissingDependencyError, NonFiniteError, UsageError
 from mendlm.execution.run import BlockStarted, TensorStarted
 from mendlm.families import place_of
 from mendlm.measuring import CurvesDone, ModelCurves
@@ -292,6 +292,8 @@ def test_sensitivities_of_experts_share_one_change() -> None:
     assert b == [pytest.approx(0.5 * 0.3)]
     assert c == [pytest.approx(0.3)]
     assert with_sensitivities([weight("c", {half: 0.0}, 1.0)], change)[0].curves[0].sensitivity == 0.0
+    with pytest.raises(NonFiniteError, match=r"with a at 0\.5 .* the outputs of its block hold NaN"):
+        with_sensitivities(group, lambda parameters: math.inf)
 
 
 def test_blocks_need_a_recipe_that_looks_at_text(tiny_llama: Path, text_file: Path) -> None:

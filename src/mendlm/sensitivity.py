@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mendlm.curves import TensorCurves
+from mendlm.errors import NonFiniteError
 from mendlm.patterns import Pattern
 
 Change = Callable[[Mapping[str, Tensor]], float]
@@ -61,6 +63,10 @@ def with_sensitivities(group: Sequence[PrunedWeight], change: Change) -> list[Te
         their squared errors and the shares of the tokens that reach them.
     change : measures the change of the block's outputs.
 
+    Raises
+    ------
+    NonFiniteError : the outputs of the block overflow with a pruned weight.
+
     Notes
     -----
     Cost: one call of `change` for each pattern, a forward pass of the block.
@@ -70,6 +76,11 @@ def with_sensitivities(group: Sequence[PrunedWeight], change: Change) -> list[Te
         having = [(weight, weight.pruned[pattern]) for weight in group if pattern in weight.pruned]
         total = sum(weight.frac * pruned.error for weight, pruned in having)
         changed = change({weight.parameter: pruned.S for weight, pruned in having})
+        if not math.isfinite(changed):
+            raise NonFiniteError(
+                f"with {group[0].curves.name} at {pattern} the outputs of its block hold NaN or infinity. Calibrate in "
+                "float32 (--calibration-dtype float32)."
+            )
         changes[pattern] = changed / total if total > 0 else 0.0
     return [
         replace(
