@@ -6,11 +6,11 @@ Every cell is three processes that a user could type, `mendlm plan`, `mendlm com
 goes to work/budgets.jsonl at once, and all of them to results/budgets-cpu.json, which a fresh clone goes on from, and
 to docs/budgets.md. Error curves are kept in work/, so that another objective costs seconds.
 
-Protocol: that of quality.py, 8 windows, and with joint-admm that of frontier.py, which has 32 windows of calibration
-text in place of 16. "uniform" has rank 16 everywhere, and its cells are those of quality.py or frontier.py where these
-have measured them; the others have factors of at most the same bytes, "3.6 %" and "3 %" of those in place of 4.6 %
-of the dense bytes of the projections; "sparsities too": the whole checkpoint has at most the bytes of "uniform", and
-every projection a sparsity of 30, 40, 50, 60 or 70 %.
+Protocol: that of quality.py, 8 windows, and with joint-admm and best that of frontier.py, which has 32 windows of
+calibration text in place of 16. "uniform" has rank 16 everywhere, and its cells are those of quality.py or frontier.py
+where these have measured them; the others have factors of at most the same bytes, or of the share of the dense bytes of
+the projections that is said, in place of 4.6 %; "sparsities too": the whole checkpoint has at most the bytes of
+"uniform", and every projection a sparsity of 30, 40, 50, 60 or 70 %.
 """
 
 from __future__ import annotations
@@ -58,24 +58,30 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, str, str]]] = {
     ),
     "joint-admm 2:4": (["--criterion", "magnitude", "--pattern", "2:4", *JOINT], ("JointADMM", "2:4", "16")),
     "joint-admm 50 %": (["--criterion", "magnitude", "--sparsity", "0.5", *JOINT], ("JointADMM", "50 %", "16")),
+    "best 50 %": (["--preset", "best", "--sparsity", "0.5"], ("best", "50 %", "16")),
 }
 CHOICES: dict[str, list[str]] = {
     "uniform": ["--rank", "16"],
     "block": ["--target-rank-bytes", SHARE, "--objective", "block"],
+    **{
+        f"block, {s}": ["--target-rank-bytes", f, "--objective", "block"] for s, f in (("2 %", "0.02"), ("1 %", "0.01"))
+    },
     "block, sparsities too": ["--target-bytes", WHOLE, "--sparsities", "0.3,0.4,0.6,0.7", "--objective", "block"],
     "relative": ["--target-rank-bytes", SHARE, "--objective", "relative"],
     **{f"relative, {s}": ["--target-rank-bytes", value, "--objective", "relative"] for s, value in FEWER.items()},
     "parameters": ["--target-rank-bytes", SHARE, "--objective", "parameters"],
     "absolute": ["--target-rank-bytes", SHARE, "--objective", "absolute"],
 }
-PLAIN_50, PLAIN_24, GRAM_24, GRAM_50, JOINT_24, JOINT_50 = SETTINGS
+PLAIN_50, PLAIN_24, GRAM_24, GRAM_50, JOINT_24, JOINT_50, BEST_50 = SETTINGS
 CELLS = [
     *((PLAIN_50, choice) for choice in ("uniform", "relative", "parameters", "absolute")),
     *((PLAIN_24, choice) for choice in ("uniform", "relative")),
     *((JOINT_50, choice) for choice in ("uniform", "block, sparsities too", "block", "relative")),
+    *((BEST_50, choice) for choice in ("uniform", "block, sparsities too")),
     *((JOINT_24, choice) for choice in ("uniform", "block", "relative")),
     *((GRAM_50, choice) for choice in ("uniform", "block", "relative", "block, sparsities too")),
-    *((GRAM_24, choice) for choice in ("uniform", "block", "relative", "parameters", "absolute")),
+    *((GRAM_24, choice) for choice in ("uniform", "block", "block, 2 %", "block, 1 %", "relative")),
+    *((GRAM_24, choice) for choice in ("parameters", "absolute")),
     *((GRAM_24, choice) for choice in ("relative, 3 %", "relative, 3.6 %")),
 ]
 
@@ -86,7 +92,7 @@ def flags_of(setting: str) -> list[str]:
     if "gram" in flags:
         flags += ["--calibration", str(calibration_text()), "--windows", "leading"]
         flags += ["--n-sequences", "16", "--seqlen", "1024", "--propagate", "sequential"]
-    if "joint-admm" in flags:
+    if "joint-admm" in flags or "best" in flags:
         flags += ["--calibration", str(calibration_text()), "--windows", "leading"]
         flags += ["--n-sequences", "32", "--seqlen", "1024", "--calibration-dtype", "bfloat16"]
     return flags

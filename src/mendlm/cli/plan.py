@@ -38,7 +38,7 @@ EXAMPLES = """[bold]Examples[/bold]
 
 [dim]The whole checkpoint in 60 % of its bytes; sparsity and rank chosen for every tensor:[/dim]
 
-[green]mendlm plan SmolLM2-135M --target-bytes 0.6 -o budget.yaml[/green]
+[green]mendlm plan SmolLM2-135M --preset best --calibration my.jsonl --target-bytes 0.6 -o budget.yaml[/green]
 
 [green]mendlm compress SmolLM2-135M out --recipe budget.yaml[/green]
 
