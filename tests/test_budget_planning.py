@@ -296,6 +296,16 @@ def test_sensitivities_of_experts_share_one_change() -> None:
         with_sensitivities(group, lambda parameters: math.inf)
 
 
+def test_curves_without_sensitivities_are_damaged(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    file, recipe = tmp_path / "curves.json", calibrated(text_file, pattern="2:4")
+    plan_budget(tiny_llama, recipe, target_rank_bytes=FACTORS, curves=file)
+    document = json.loads(file.read_text())
+    document["tensors"][3]["curves"][0]["sensitivity"] = None
+    file.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=r"proj.weight' are damaged: they have no sensitivity. Delete the file"):
+        plan_budget(tiny_llama, recipe, target_rank_bytes=FACTORS, curves=file)
+
+
 def test_blocks_need_a_recipe_that_looks_at_text(tiny_llama: Path, text_file: Path) -> None:
     blind = calibrated(text_file, criterion="magnitude", metric="plain")
     for recipe in (HALF, blind):
@@ -443,6 +453,9 @@ def test_plans_of_experts_and_of_transposed_weights_go_on(kind: str, projection:
     again = plan_budget(folder, recipe, target_rank_bytes=FACTORS, curves=file, on_event=events.append)
     assert again.curves == whole.curves
     assert [event.curves.name for event in events if isinstance(event, CurvesDone)] == together
+    n_known = len(whole.curves.tensors) - len(together)
+    numbered = [event.index for event in events if isinstance(event, TensorStarted)]
+    assert numbered == list(range(n_known + 1, len(whole.curves.tensors) + 1))
 
 
 def test_the_command_says_how_to_go_on(

@@ -20,7 +20,7 @@ from mendlm.checkpoints.reader import Checkpoint
 from mendlm.config import Override, Recipe
 from mendlm.curves import ErrorCurve, TensorCurves
 from mendlm.devices import resolve_device
-from mendlm.errors import UsageError
+from mendlm.errors import CheckpointError, UsageError
 from mendlm.families import place_of, split_block
 from mendlm.measuring import ModelCurves, Patterns, Tell, measure_curves
 from mendlm.paths import check_parent, local_path
@@ -523,7 +523,9 @@ def _weight(objective: Objective, curves: TensorCurves, curve: ErrorCurve) -> fl
     """What a squared error of a tensor counts."""
     if objective == "block":
         if curve.sensitivity is None:
-            raise AssertionError("the curves of calibrated work have sensitivities")
+            raise CheckpointError(
+                f"the curves of {curves.name!r} are damaged: they have no sensitivity. Delete the file."
+            )
         return curve.sensitivity
     if objective == "absolute":
         return 1.0

@@ -45,7 +45,7 @@ class ErrorCurve:
     pattern, n_kept : of the mask.
     errors : squared error in the metric at every rank of `TensorCurves.ranks`; never rising.
     sensitivity : squared relative change of the block's output for each unit of squared error
-        (`mendlm.calibration.sensitivity`); None without calibration.
+        (`mendlm.sensitivity`); None without calibration.
     """
 
     pattern: Pattern

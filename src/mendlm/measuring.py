@@ -295,9 +295,9 @@ class _Measuring:
                 change = partial(output_error, block, forward, states=states, device=self._device)
                 for group in _by_projection(modules):
                     started, weights = time.monotonic(), []
-                    for name in group:
+                    for n_waiting, name in enumerate(group):
                         tensor, seen = by_name[name], stats.pop(name)
-                        curves, pruned = self._measure(tensor, seen)
+                        curves, pruned = self._measure(tensor, seen, n_waiting)
                         fitted = {
                             pattern: found.for_module(model.dtype, transposed=tensor.transposed)
                             for pattern, found in pruned.items()
@@ -310,13 +310,12 @@ class _Measuring:
             del stats
             trim()
 
-    def _measure(self, tensor: PlannedTensor, inputs: InputStats | None) -> tuple[TensorCurves, dict[Pattern, Pruned]]:
-        n_done = self._n_done + 1
-        self._tell(
-            TensorStarted(
-                tensor.name, tensor.shard, n_done, len(self._plan.compressed), self._done_bytes, self._total_bytes
-            )
-        )
+    def _measure(
+        self, tensor: PlannedTensor, inputs: InputStats | None, n_waiting: int = 0
+    ) -> tuple[TensorCurves, dict[Pattern, Pruned]]:
+        """Without sensitivities; `n_waiting` tensors are measured and not noted yet."""
+        place = (tensor.name, tensor.shard, self._n_done + n_waiting + 1, len(self._plan.compressed))
+        self._tell(TensorStarted(*place, self._done_bytes, self._total_bytes))
         try:
             W = read_weight(self._shards[tensor.shard], tensor).to(self._device)
             return tensor_curves(W, tensor, self._plan.recipe, self._patterns[tensor.name], self._rank_step, inputs)
