@@ -374,7 +374,7 @@ def test_out_is_not_empty(tiny_llama: Path, tmp_path: Path) -> None:
             tiny_llama, tmp_path, UsageError, r"holds no config\.json.* but 'precious', so it is not a check", **how
         )
     (out / "config.json").write_text("{}")
-    refused(tiny_llama, tmp_path, UsageError, r"exists and is not empty\. Pass --overwrite")
+    refused(tiny_llama, tmp_path, UsageError, r"^'.*/parent/out' exists and is not empty\. Pass --overwrite")
     refused(tiny_llama, tmp_path, UsageError, r"is not empty and holds no run to resume", resume=True)
 
 

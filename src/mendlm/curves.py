@@ -130,10 +130,12 @@ class Measured(NamedTuple):
     ----------
     errors : squared error in the metric, one float for each rank, never rising.
     S : (d_out, d_in), zero off the mask: what is kept at rank 0, fitted to the outputs where the refiner does that.
+    S_error : squared error of that S in the metric.
     """
 
     errors: tuple[float, ...]
     S: Tensor
+    S_error: float
 
 
 def rank_grid(d_out: int, d_in: int, step: int) -> tuple[int, ...]:
@@ -207,11 +209,12 @@ def error_curve(
     tail = [energies[rank] if rank < len(energies) else 0.0 for rank in ranks]
     near = _nearest(ranks)
     places = [index for index, rank in enumerate(ranks) if rank in near]
-    S = metric.unscaled(problem.W * problem.mask if problem.start is None else problem.start)
-    if isinstance(refiner, PruneOnly) or len(places) == 1:
-        return Measured(tuple(tail), S)
-    measured = _measure(W, problem, refiner, [ranks[index] for index in places], tail[0], start)
-    return Measured(between(tail, places, measured), S)
+    errors = tuple(tail)
+    if not isinstance(refiner, PruneOnly) and len(places) > 1:
+        errors = between(
+            tail, places, _measure(W, problem, refiner, [ranks[index] for index in places], tail[0], start)
+        )
+    return Measured(errors, metric.unscaled(problem.S), tail[0])
 
 
 def between(tail: Sequence[float], places: Sequence[int], measured: Sequence[float]) -> tuple[float, ...]:
@@ -247,9 +250,8 @@ def _fitted(problem: Problem, refiner: AbstractRefiner) -> Problem:
     if not isinstance(metric, GramMetric) or not refiner.refits_S:
         return problem
     kept = problem.mask.to(problem.W.dtype)
-    first = problem.W * kept if problem.start is None else problem.start
     G = metric.parts()[0]
-    return replace(problem, start=masked_least_squares(problem.W, first, kept, G, max_steps=GRAM_FIT_STEPS).S)
+    return replace(problem, start=masked_least_squares(problem.W, problem.S, kept, G, max_steps=GRAM_FIT_STEPS).S)
 
 
 def _measure(

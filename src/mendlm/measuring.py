@@ -363,12 +363,13 @@ def tensor_curves(
     used, stats = (W, None) if inputs is None else treat_dead_columns(W, inputs, recipe.dead_columns)
     with torch.no_grad():
         metric = make_metric(recipe.metric_kind, stats, damping=recipe.damping, dtype=dtype, device=W.device)
+        dense = used.to(dtype)
         curves, pruned = [], {}
         for pattern in patterns:
             generator = tensor_generator(recipe.seed, tensor.name, W.device)
             selection = select(used, recipe.criterion_for(tensor.name), pattern, inputs=stats, generator=generator)
             found = error_curve(
-                used.to(dtype),
+                dense,
                 selection.mask,
                 refiner,
                 ranks,
@@ -379,6 +380,6 @@ def tensor_curves(
                 generator=generator,
             )
             curves.append(ErrorCurve(pattern, n_kept_total(pattern, d_out, d_in), found.errors))
-            pruned[pattern] = Pruned(found.S, metric.norm(used.to(dtype) - found.S) ** 2)
-        energy = metric.norm(used.to(dtype)) ** 2
+            pruned[pattern] = Pruned(found.S, found.S_error)
+        energy = metric.norm(dense) ** 2
     return TensorCurves(tensor.name, (d_out, d_in), energy, ranks, tuple(curves)), pruned

@@ -43,6 +43,11 @@ class Problem:
     inputs: InputStats | None = None
 
     @property
+    def S(self) -> Tensor:
+        """S as the criterion left it, (d_out, d_in), in scaled columns."""
+        return self.W * self.mask if self.start is None else self.start
+
+    @property
     def lost(self) -> Tensor:
         """``W - S`` with S as the criterion left it, (d_out, d_in), in scaled columns."""
         return self.W * ~self.mask if self.start is None else self.W - self.start
