@@ -309,6 +309,8 @@ def test_what_is_no_gram_matrix_is_refused() -> None:
     inputs = InputStats(100, gram.diagonal().clone(), gram)
     with pytest.raises(UsageError, match="not positive definite with 1 times its mean diagonal"):
         select(weights(6, 12), "sparsegpt", NM(2, 4), inputs=inputs)
+    with pytest.raises(UsageError, match="not symmetric: 5 in row 0, column 1, and 0 in row 1, column 0"):
+        select(weights(6, 12), "sparsegpt", NM(2, 4), inputs=InputStats(100, gram.diagonal().clone(), gram.triu()))
     gram[3, 4] = float("nan")
     with pytest.raises(NonFiniteError, match="the Gram matrix of the inputs holds NaN or infinity"):
         select(weights(6, 12), "sparsegpt", NM(2, 4), inputs=inputs)

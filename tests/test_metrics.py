@@ -10,7 +10,7 @@ import torch
 
 from mendlm import NM, OATS, PCP, TLR, AcceleratedTLR, PruneOnly, Unstructured, ZeroShotSVD, refine, select_mask
 from mendlm.errors import NonFiniteError, UsageError
-from mendlm.inputs import InputStats
+from mendlm.inputs import InputStats, check_gram
 from mendlm.linalg import FullSVD, SubspaceIteration, make_solver
 from mendlm.metrics import gram_metric, make_metric
 from mendlm.patterns import Pattern, Tiles
@@ -97,9 +97,23 @@ def test_what_is_no_gram_matrix_is_refused() -> None:
         gram_metric(gram[:3], 0.01, torch.float64)
     with pytest.raises(UsageError, match="damping must be at least 0"):
         gram_metric(gram, -1.0, torch.float64)
+    gram[5, 2] = 2 * gram[2, 2] + gram[2, 5]
+    with pytest.raises(UsageError, match=r"is not symmetric: \S+ in row 2, column 5, and \S+ in row 5, column 2\."):
+        gram_metric(gram, 0.01, torch.float64)
     gram[3, 4] = float("nan")
     with pytest.raises(NonFiniteError, match="NaN or infinity"):
         gram_metric(gram, 0.01, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_gram_matrix_needs_both_triangles_in_any_dtype(dtype: torch.dtype) -> None:
+    X = (inputs_for(1100) * torch.logspace(-1, 1, 1100)).to(dtype)
+    gram = X.T @ X / X.shape[0]
+    check_gram(gram)
+    check_gram(torch.zeros_like(gram))
+    for half in (gram.float().triu(), gram.float().tril()):
+        with pytest.raises(UsageError, match=r"not symmetric.*Pass X\.T @ X / n with both of its triangles"):
+            check_gram(half)
 
 
 def test_metrics_are_shared_by_weights_with_the_same_inputs() -> None:

@@ -9,7 +9,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from mendlm.errors import UsageError
+from mendlm.errors import NonFiniteError, UsageError
+from mendlm.linalg import all_finite
+
+# Of ``|G_ij - G_ji|``, in units of the roots of G_ii G_jj: sums in half precision stay below, a missing half does not.
+ASYMMETRY = 0.05
+TILE = 512  # rows and columns compared at a time
 
 DeadColumns = Literal["keep", "drop", "error"]
 T = TypeVar("T")
@@ -141,6 +146,38 @@ def check_sizes(W: Tensor, inputs: InputStats) -> None:
                 f"the statistics are of other inputs: {name} has shape {tuple(values.shape)}, W of shape "
                 f"{tuple(W.shape)} needs {shape}."
             )
+
+
+def check_gram(gram: Tensor) -> None:
+    """Refuse what is no Gram matrix; whether it is definite shows when it is factored.
+
+    Parameters
+    ----------
+    gram : (d_in, d_in).
+
+    Raises
+    ------
+    NonFiniteError : NaN or infinity.
+    UsageError : it is not symmetric.
+    """
+    if not all_finite(gram):
+        raise NonFiniteError("the Gram matrix of the inputs holds NaN or infinity. Calibrate on other text.")
+    size = torch.split(gram.diagonal().abs().sqrt(), TILE)
+    tiles = [torch.split(strip, TILE, dim=1) for strip in torch.split(gram, TILE)]
+    for i, row in enumerate(tiles):
+        for j in range(i, len(row)):
+            excess = (row[j] - tiles[j][i].T).abs_().sub_(torch.outer(size[i], size[j]), alpha=ASYMMETRY)
+            if bool((excess > 0).any()):
+                a, b = divmod(int(excess.argmax()), excess.shape[1])
+                raise _asymmetric(gram, i * TILE + a, j * TILE + b)
+
+
+def _asymmetric(gram: Tensor, a: int, b: int) -> UsageError:
+    i, j = sorted((a, b))
+    return UsageError(
+        f"the Gram matrix of the inputs is not symmetric: {float(gram[i, j]):g} in row {i}, column {j}, and "
+        f"{float(gram[j, i]):g} in row {j}, column {i}. Pass X.T @ X / n with both of its triangles."
+    )
 
 
 def _missing(needs: str) -> UsageError:

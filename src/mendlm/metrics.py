@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mendlm.errors import NonFiniteError, UsageError
-from mendlm.inputs import InputStats
+from mendlm.inputs import InputStats, check_gram
 from mendlm.linalg import all_finite, frobenius, inverse_factor, with_damping
 
 MetricName = Literal["plain", "diagonal", "gram"]
@@ -143,7 +143,7 @@ def gram_metric(gram: Tensor, damping: float, dtype: torch.dtype) -> GramMetric:
 
     Raises
     ------
-    UsageError : not a square matrix, a damping below 0, or a matrix that is not positive definite with damping 1.
+    UsageError : a matrix that is not square, not symmetric, or not positive definite with damping 1; a damping below 0.
     NonFiniteError : NaN or infinity.
 
     Notes
@@ -155,8 +155,7 @@ def gram_metric(gram: Tensor, damping: float, dtype: torch.dtype) -> GramMetric:
     if not damping >= 0:
         raise UsageError(f"damping must be at least 0, got {damping!r}.")
     G = gram.detach().to(torch.float64)
-    if not all_finite(G):
-        raise NonFiniteError("the Gram matrix of the inputs holds NaN or infinity. Calibrate on other text.")
+    check_gram(G)
     mean = float(G.diagonal().mean())
 
     def attempt(share: float) -> GramMetric | None:

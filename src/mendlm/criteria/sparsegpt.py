@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mendlm.criteria._base import AbstractCriterion, Needs, Selection, statistics
 from mendlm.errors import NonFiniteError, UsageError
-from mendlm.inputs import InputStats
+from mendlm.inputs import InputStats, check_gram
 from mendlm.linalg import all_finite, compute_dtype, inverse_factor, with_damping
 from mendlm.masks import expand, keep_largest, pool
 from mendlm.patterns import Pattern, Scope
@@ -105,8 +105,7 @@ class SparseGPT(AbstractCriterion):
             raise UsageError("criterion 'sparsegpt' needs the Gram matrix of the inputs.")
         gram = inputs.gram.to(device, torch.float64)
         mean = float(gram.diagonal().mean()) or 1.0
-        if not all_finite(gram):
-            raise NonFiniteError("the Gram matrix of the inputs holds NaN or infinity. Calibrate on other text.")
+        check_gram(gram)
 
         def attempt(damping: float) -> Tensor | None:
             H = gram.clone()
