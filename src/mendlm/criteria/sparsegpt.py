@@ -49,7 +49,8 @@ class SparseGPT(AbstractCriterion):
 
     Raises
     ------
-    UsageError : a field out of range, or a Gram matrix that is not positive definite with the largest damping either.
+    UsageError : a field out of range, or a Gram matrix that is not symmetric, or not positive definite with the largest
+        damping either.
     NonFiniteError : the Gram matrix, or the result, holds NaN or infinity.
 
     Notes

@@ -115,7 +115,8 @@ def refine(
     Raises
     ------
     UsageError : shapes or dtypes that do not fit, a rank outside [0, min(d_out, d_in)], a scale that is not positive, a
-        metric that the refiner does not have, no `pattern` for one that moves the mask, no `inputs` for "slim-lora".
+        metric that the refiner does not have, a `gram` that is no Gram matrix, no `pattern` for one that moves the
+        mask, no `inputs` for "slim-lora".
     NonFiniteError : NaN or infinity in `W`, in the statistics, or in a result; the message names the iteration.
 
     References
