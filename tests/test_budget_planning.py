@@ -381,6 +381,7 @@ def test_settings_that_no_curve_depends_on(tiny_llama: Path, text_file: Path, tm
         {"dtype": "bfloat16"},
         {"match_blocks": {"n_steps": 50}},
         {"calibration": calibration | {"propagate": "dense"}},
+        {"metric": recipe.metric_kind},  # what "auto" stands for
     ]
     for more in changes:
         other = Recipe(**(recipe.to_dict() | more))

@@ -145,6 +145,7 @@ class ModelCurves:
 def fingerprint_of(checkpoint: Checkpoint, recipe: Recipe, rank_step: int, device: torch.device) -> dict[str, Any]:
     """Everything that the curves depend on but the patterns, from stat and headers: cheap."""
     settings = {name: value for name, value in recipe.to_dict().items() if name not in _WITHOUT_EFFECT}
+    settings["metric"] = recipe.metric_kind
     if settings["calibration"] is not None:
         settings["calibration"] = {k: v for k, v in settings["calibration"].items() if k != "propagate"}
     if criteria := [[o.match, o.criterion] for o in recipe.overrides if o.criterion is not None]:
