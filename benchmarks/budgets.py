@@ -59,6 +59,7 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, str, str]]] = {
     ),
     "joint-admm 2:4": (["--criterion", "magnitude", "--pattern", "2:4", *JOINT], ("JointADMM", "2:4", "16")),
     "joint-admm 50 %": (["--criterion", "magnitude", "--sparsity", "0.5", *JOINT], ("JointADMM", "50 %", "16")),
+    "best 2:4": (["--preset", "best", "--pattern", "2:4"], ("best", "2:4", "16")),
     "best 50 %": (["--preset", "best", "--sparsity", "0.5"], ("best", "50 %", "16")),
 }
 CHOICES: dict[str, list[str]] = {
@@ -71,13 +72,14 @@ CHOICES: dict[str, list[str]] = {
     "parameters": ["--target-rank-bytes", SHARE, "--objective", "parameters"],
     "absolute": ["--target-rank-bytes", SHARE, "--objective", "absolute"],
 }
-PLAIN_50, PLAIN_24, GRAM_24, GRAM_50, JOINT_24, JOINT_50, BEST_50 = SETTINGS
+PLAIN_50, PLAIN_24, GRAM_24, GRAM_50, JOINT_24, JOINT_50, BEST_24, BEST_50 = SETTINGS
 CELLS = [
     *((PLAIN_50, choice) for choice in ("uniform", "relative", "parameters", "absolute")),
     *((PLAIN_24, choice) for choice in ("uniform", "relative")),
     *((JOINT_50, choice) for choice in ("uniform", "block, sparsities too", "block", "relative")),
     *((BEST_50, choice) for choice in ("uniform", "block, sparsities too")),
     *((JOINT_24, choice) for choice in ("uniform", "block", "relative")),
+    *((BEST_24, choice) for choice in ("uniform", "block")),
     *((GRAM_50, choice) for choice in ("uniform", "block", "relative", "block, sparsities too")),
     *((GRAM_24, choice) for choice in ("uniform", "block", "block, 2 %", "block, 1 %", "relative")),
     *((GRAM_24, choice) for choice in ("parameters", "absolute")),
