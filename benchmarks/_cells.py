@@ -8,10 +8,11 @@ import gzip
 import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,12 @@ def table(lines: list[list[str]]) -> str:
     """Markdown; the first line is the head."""
     head, *rest = lines
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rest])
+
+
+def spearman_of(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's correlation: that of the ranks."""
+    ranks = []
+    for values in (a, b):
+        places = {index: place for place, index in enumerate(sorted(range(len(values)), key=values.__getitem__))}
+        ranks.append([float(places[index]) for index in range(len(values))])
+    return statistics.correlation(*ranks)

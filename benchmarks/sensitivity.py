@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from _cells import calibration_text, replace_block, table
+from _cells import calibration_text, replace_block, spearman_of, table
 from _common import ROOT, environment, smollm2
 from mendlm import NM
 from mendlm.calibration.outputs import output_error
@@ -102,11 +102,6 @@ def measure(layers: set[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def ranks(values: list[float]) -> list[float]:
-    order = sorted(range(len(values)), key=values.__getitem__)
-    return [float(order.index(i)) for i in range(len(values))]
-
-
 def summary(rows: list[dict[str, Any]]) -> str:
     """KL against both measures."""
     lines = [["counted as", "KL / it, geometric mean", "spread", "lowest, highest", "Spearman"]]
@@ -114,7 +109,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
         logs = [math.log(row["kl"] / row[measure_of]) for row in rows]
         mean, spread = math.exp(statistics.fmean(logs)), statistics.stdev(logs)
         low, high = math.exp(min(logs)), math.exp(max(logs))
-        spearman = statistics.correlation(ranks([r["kl"] for r in rows]), ranks([r[measure_of] for r in rows]))
+        spearman = spearman_of([r["kl"] for r in rows], [r[measure_of] for r in rows])
         lines.append([f"`{measure_of}`", f"{mean:.3g}", f"{spread:.2f}", f"{low:.3g}, {high:.3g}", f"{spearman:.2f}"])
     return table(lines)
 
