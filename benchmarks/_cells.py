@@ -198,6 +198,14 @@ def replace_block(page: Path, marker: str, text: str) -> None:
         page.write_text(f"{before}{found}{text}\n{tail[tail.index('<!-- end -->') :]}", encoding="utf-8")
 
 
+def publish(name: str, page: Path, protocol: str, rows: list[dict[str, Any]], text: str) -> None:
+    """Print a table, put it into its block of a page, and keep the rows under results/."""
+    print(f"\n{text}")
+    replace_block(page, name, text)
+    document = {"benchmark": name, "environment": environment("cpu"), "protocol": protocol, "rows": rows}
+    (ROOT / "benchmarks" / "results" / f"{name}-cpu.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
 def table(lines: list[list[str]]) -> str:
     """Markdown; the first line is the head."""
     head, *rest = lines

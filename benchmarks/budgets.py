@@ -23,8 +23,8 @@ from typing import Any
 
 import frontier
 import quality
-from _cells import calibration_text, run, shown
-from _common import ROOT, environment, smollm2, wikitext
+from _cells import calibration_text, publish, run, shown, table
+from _common import ROOT, smollm2, wikitext
 
 DONE = ROOT / "work" / "budgets.jsonl"
 RESULTS = ROOT / "benchmarks" / "results" / "budgets-cpu.json"
@@ -144,17 +144,11 @@ def done() -> dict[tuple[str, str], dict[str, Any]]:
 def write(results: dict[tuple[str, str], dict[str, Any]]) -> None:
     """The JSON, and the table of the page."""
     rows = [results[cell] for cell in CELLS if cell in results]
-    lines = ["| setting | what is chosen by | bytes | perplexity |", "| --- | --- | --- | --- |"]
+    lines = [["setting", "what is chosen by", "bytes", "perplexity"]]
     for row in sorted(rows, key=lambda row: (list(SETTINGS).index(row["setting"]), list(CHOICES).index(row["choice"]))):
         ranks = "rank 16 everywhere" if row["choice"] == "uniform" else f"`{row['choice']}`"
-        lines.append(f"| {row['setting']} | {ranks} | {100 * row['ratio']:.2f} % | {row['ppl']:.2f} |")
-    table = "\n".join(lines)
-    print(f"\n{table}")
-    before, _, tail = PAGE.read_text(encoding="utf-8").partition("<!-- budgets -->\n")
-    PAGE.write_text(f"{before}<!-- budgets -->\n{table}\n{tail[tail.index('<!-- end -->') :]}", encoding="utf-8")
-    protocol = (__doc__ or "").split("Protocol: ")[1]
-    document = {"benchmark": "budgets", "environment": environment("cpu"), "protocol": protocol, "rows": rows}
-    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+        lines.append([row["setting"], ranks, f"{100 * row['ratio']:.2f} %", f"{row['ppl']:.2f}"])
+    publish("budgets", PAGE, (__doc__ or "").split("Protocol: ")[1], rows, table(lines))
 
 
 def main() -> None:

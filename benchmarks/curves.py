@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from _cells import calibration_text, replace_block, spearman_of, table
-from _common import ROOT, environment, smollm2
+from _cells import calibration_text, publish, spearman_of, table
+from _common import ROOT, smollm2
 from mendlm import NM, TLR, AcceleratedTLR, InputStats, JointADMM, Unstructured, refine
 from mendlm.calibration.statistics import InputGatherer
 from mendlm.curves import error_curve
@@ -37,7 +37,6 @@ from mendlm.patterns import Pattern
 from mendlm.refiners import AbstractRefiner
 from mendlm.selection import select
 
-RESULTS = ROOT / "benchmarks" / "results" / "curves-cpu.json"
 PAGE = ROOT / "docs" / "budgets.md"
 N_WINDOWS, SEQLEN = 16, 512
 RANKS = (0, 8, 16, 32, 64)
@@ -111,7 +110,10 @@ def measure(setting: Setting, W: Tensor, inputs: InputStats) -> dict[str, Any]:
         return [float(energies[rank]) for rank in RANKS]
 
     row: dict[str, Any] = {}
-    for name, run in (("true", whole_runs), ("curve", curve), ("singular_values", singular_values)):
+    kinds: dict[str, Callable[[], Sequence[float]]] = {"true": whole_runs, "curve": curve}
+    if not setting.refiner(RANKS[1]).moves_mask:  # one that does never sees this S
+        kinds["singular_values"] = singular_values
+    for name, run in kinds.items():
         start = time.perf_counter()
         errors = run()
         row[f"{name}_seconds"] = round(time.perf_counter() - start, 3)
@@ -132,8 +134,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
     for setting in SETTINGS:
         these = [row for row in rows if row["setting"] == setting]
         for kind in ("singular_values", "curve"):
-            # JointADMM never sees the S that magnitudes give.
-            if not these or (kind == "singular_values" and setting.startswith("joint-admm")):
+            if not these or kind not in these[0]:
                 continue
             pairs = [list(zip(gains(row["true"]), gains(row[kind]), strict=True)) for row in these]
             logs = [[math.log(true / max(found, 1e-12)) for true, found in pair] for pair in pairs]
@@ -166,12 +167,7 @@ def main() -> None:
             for name, (W, inputs) in weights.items():
                 rows.append({"setting": setting, "projection": name, **measure(how, W, inputs)})
                 print(json.dumps(rows[-1]), flush=True)
-    protocol = (__doc__ or "").split("\n\n")[2]
-    document = {"benchmark": "curves", "environment": environment("cpu"), "protocol": protocol, "rows": rows}
-    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
-    text = summary(rows)
-    replace_block(PAGE, "curves", text)
-    print(f"\n{text}")
+    publish("curves", PAGE, (__doc__ or "").split("\n\n")[2], rows, summary(rows))
 
 
 if __name__ == "__main__":

@@ -23,14 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from _cells import calibration_text, replace_block, spearman_of, table
-from _common import ROOT, environment, smollm2
+from _cells import calibration_text, publish, spearman_of, table
+from _common import ROOT, smollm2
 from mendlm import NM
 from mendlm.calibration.outputs import output_error
 from mendlm.calibration.statistics import InputGatherer
 from mendlm.selection import select
 
-RESULTS = ROOT / "benchmarks" / "results" / "sensitivity-cpu.json"
 PAGE = ROOT / "docs" / "budgets.md"
 N_WINDOWS, N_KL_WINDOWS, SEQLEN = 8, 2, 1024
 CPU = torch.device("cpu")
@@ -120,12 +119,7 @@ def main() -> None:
     layers = {int(part) for part in parser.parse_args().layers.split(",")}
     with torch.no_grad():
         rows = measure(layers)
-    protocol = (__doc__ or "").split("\n\n")[2]
-    document = {"benchmark": "sensitivity", "environment": environment("cpu"), "protocol": protocol, "rows": rows}
-    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
-    text = summary(rows)
-    replace_block(PAGE, "sensitivity", text)
-    print(f"\n{text}")
+    publish("sensitivity", PAGE, (__doc__ or "").split("\n\n")[2], rows, summary(rows))
 
 
 if __name__ == "__main__":
